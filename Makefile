@@ -1,0 +1,55 @@
+# PYTHON makes the environment VENV if it is not there. VENV may be an environment of your own:
+#   make test VENV=~/envs/detectron2
+PYTHON ?= python3
+VENV ?= .venv
+
+# Further arguments of the demo, or of pytest: make test ARGS="tests/modeling -x"
+ARGS ?=
+DEMO = train_net.py --config-file configs/Quickstart/mask_rcnn_rev_mvit_nano_fpn.yaml
+
+VENV_PYTHON = $(VENV)/bin/python
+# An environment that is there sets itself up, so that the system's Python may be too old or absent.
+RUNNER := $(if $(shell test -x $(VENV_PYTHON) && echo there),$(VENV_PYTHON),$(PYTHON))
+# Here and not in the installer, because an old Python cannot even read that.
+CHECK = import sys; v = sys.version_info; sys.exit('error: rev_det needs Python 3.10 or newer, $(RUNNER) is \
+	%d.%d; name another: make PYTHON=python3.11' % v[:2] if v < (3, 10) else 0)
+define run_installer
+	@command -v $(RUNNER) >/dev/null || { echo "error: there is no $(RUNNER); name your Python 3.10 or newer:" \
+	  "make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(RUNNER) -c "$(CHECK)"
+	@$(RUNNER) tools/setup_env.py --venv $(VENV)
+endef
+
+# lint and test set up the same environment
+.NOTPARALLEL:
+.PHONY: help setup demo test test-slow lint format lint-setup clean
+
+help: ## show this
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: ## make the environment VENV, or add what an existing one lacks
+	$(run_installer)
+
+demo: setup ## train the nano Rev-MViT Mask R-CNN on generated shapes: minutes on a laptop CPU
+	$(VENV_PYTHON) $(DEMO) $(ARGS)
+
+test: setup ## run the tests that take seconds
+	$(VENV_PYTHON) -m pytest -m "not slow" $(ARGS)
+
+test-slow: setup ## run the tests that take minutes
+	$(VENV_PYTHON) -m pytest -m slow $(ARGS)
+
+lint: lint-setup ## check the code's form, without the gigabytes of torch
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+
+format: lint-setup ## bring the code into that form
+	$(VENV_PYTHON) -m ruff format .
+	$(VENV_PYTHON) -m ruff check --fix .
+
+lint-setup:
+	$(run_installer) --lint
+
+clean: ## remove caches and build products; the environment and output/ stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find rev_det tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,98 @@
+"""Packaging of rev_det.
+
+Detectron2 is not among the requirements, as it has no release on PyPI: ``make setup`` or the README's command
+installs it.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+# REQUIRES and EXTRAS stay plain literals: tools/setup_env.py reads them without running this file.
+# The tests were run with all lower bounds at once, under Python 3.10. setuptools has an upper bound because
+# Detectron2 imports its pkg_resources, due to go with release 81.
+REQUIRES = [
+    "torch>=2.6",
+    "torchvision>=0.21",
+    "numpy>=1.23.5",
+    "Pillow>=9.1",
+    "opencv-python>=4.6",
+    "pycocotools>=2.0.6",
+    "fvcore>=0.1.5",
+    "iopath>=0.1.9",
+    "matplotlib>=3.5.3",
+    "safetensors>=0.4",
+    "rich>=13.0",
+    "tqdm>=4.64",
+    # what Detectron2 itself needs at run time
+    "yacs>=0.1.8",
+    "termcolor>=1.1",
+    "tabulate>=0.8.9",
+    "cloudpickle>=2.0",
+    "tensorboard>=2.10",
+    "omegaconf>=2.1,<2.4",
+    "hydra-core>=1.1",
+    "packaging>=21.0",
+    "setuptools<81",
+]
+EXTRAS = {
+    "dev": ["pytest>=7.4", "ruff>=0.15,<0.18", "wheel>=0.40"],
+    # Detectron2's own ViT and MViT, to compare with
+    "baselines": ["timm>=0.9.12"],
+    # a faster COCO evaluation than pycocotools, with equal numbers
+    "eval": ["faster-coco-eval>=1.6"],
+}
+
+# All four provide the same cv2 folder: an environment should hold only one of them.
+OPENCV = (
+    "opencv-python",
+    "opencv-python-headless",
+    "opencv-contrib-python",
+    "opencv-contrib-python-headless",
+)
+
+
+def read_version() -> str:
+    """The version in ``rev_det/__init__.py``, read without importing it: torch may not be there yet."""
+    source = (ROOT / "rev_det" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE).group(1)
+
+
+def requirements() -> list[str]:
+    """`REQUIRES`, with the OpenCV package that the environment variable REV_DET_OPENCV names, if any.
+
+    Raises:
+        ValueError: REV_DET_OPENCV names something else.
+    """
+    opencv = os.environ.get("REV_DET_OPENCV") or "opencv-python"
+    if opencv not in OPENCV:
+        raise ValueError(f"REV_DET_OPENCV is {opencv!r}; leave it unset, or use one of {', '.join(OPENCV)}")
+    return [re.sub(r"^opencv-python(?=>)", opencv, line) for line in REQUIRES]
+
+
+setup(
+    name="rev_det",
+    version=read_version(),
+    description="Reversible vision transformers (Rev-ViT, Rev-MViT) as detection backbones for Detectron2",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # In the repository configs/ is at the top, where users of Detectron2 look for it; in a wheel it is inside
+    # the package.
+    packages=[*find_packages(include=["rev_det", "rev_det.*"]), "rev_det.configs"],
+    package_dir={"rev_det.configs": "configs"},
+    package_data={"rev_det.configs": ["**/*.yaml"]},
+    install_requires=requirements(),
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["rev-det = rev_det.cli:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
