@@ -1,0 +1,10 @@
+"""Reversible vision transformers (Rev-ViT, Rev-MViT) as Detectron2 backbones.
+
+Importing this package registers the backbones with Detectron2, if that is installed, and does nothing else.
+"""
+
+from .config import add_rev_det_config
+from .modeling import ReversibleSequence
+
+__version__ = "0.1.0"
+__all__ = ["ReversibleSequence", "__version__", "add_rev_det_config"]

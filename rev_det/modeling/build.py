@@ -1,0 +1,195 @@
+"""Registered builders: a config becomes the keyword arguments of a backbone and its pyramid."""
+
+from __future__ import annotations
+
+import logging
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, SimpleFeaturePyramid
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from torch import Tensor, nn
+
+from ..config import add_rev_det_config
+from .backbone import pad_to_multiple
+from .rev_mvit import RevMViT
+from .rev_vit import RevViT
+
+logger = logging.getLogger(__name__)
+
+# Of the simple pyramid's levels p2 .. p5 for a patch size of 16, as in ViTDet.
+PYRAMID_STRIDES = (4, 8, 16, 32)
+
+
+class RevSimpleFeaturePyramid(SimpleFeaturePyramid):
+    """Detectron2's `SimpleFeaturePyramid`, for images of any size.
+
+    The parent announces the padding it needs under a misspelt name, so that a detector does not pad; here it
+    is announced correctly, and what still arrives unpadded is padded with zeros.
+    """
+
+    @property
+    def size_divisibility(self) -> int:
+        """Height and width of the images are padded to a multiple of this many pixels."""
+        return self._size_divisibility
+
+    @property
+    def padding_constraints(self) -> dict[str, int]:
+        return {"size_divisibility": self._size_divisibility, "square_size": self._square_pad}
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return super().forward(pad_to_multiple(x, self._size_divisibility))
+
+
+class RevFPN(FPN):
+    """Detectron2's `FPN`, for images of any size: its sums need multiples of the last stride."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return super().forward(pad_to_multiple(x, self._size_divisibility))
+
+
+@BACKBONE_REGISTRY.register()
+def build_rev_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> RevViT:
+    """RevViT from ``MODEL.REV_VIT`` and ``MODEL.REV``: one feature map at the patch stride."""
+    cfg = with_rev_det_keys(cfg)
+    rev, node = cfg.MODEL.REV, cfg.MODEL.REV_VIT
+    arguments = {key.lower(): value for key, value in node.items()}
+    return RevViT(
+        in_chans=input_shape.channels,
+        activations=rev.ACTIVATIONS,
+        keep_attention=rev.KEEP_ATTENTION,
+        freeze_at=rev.FREEZE_AT,
+        termination=rev.TERMINATION,
+        inner_residual=rev.INNER_RESIDUAL,
+        **arguments,
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_rev_mvit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> RevMViT:
+    """RevMViT from ``MODEL.REV_MVIT`` and ``MODEL.REV``: feature maps at strides 4, 8, 16 and 32."""
+    cfg = with_rev_det_keys(cfg)
+    rev, node = cfg.MODEL.REV, cfg.MODEL.REV_MVIT
+    arguments = {key.lower(): value for key, value in node.items()}
+    return RevMViT(
+        in_chans=input_shape.channels,
+        activations=rev.ACTIVATIONS,
+        transitions=rev.TRANSITIONS,
+        keep_attention=rev.KEEP_ATTENTION,
+        freeze_at=rev.FREEZE_AT,
+        termination=rev.TERMINATION,
+        inner_residual=rev.INNER_RESIDUAL,
+        **arguments,
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_rev_vit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """RevViT under ViTDet's simple pyramid, p2 .. p6 (``FPN.OUT_CHANNELS`` and ``FPN.NORM`` apply)."""
+    return simple_pyramid(cfg, build_rev_vit_backbone(cfg, input_shape), PYRAMID_STRIDES, LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_rev_vit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """RevViT under ViTDet's simple pyramid with RetinaNet's levels, p3 .. p7."""
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    top_block = LastLevelP6P7(channels, channels, in_feature="p5")
+    return simple_pyramid(cfg, build_rev_vit_backbone(cfg, input_shape), PYRAMID_STRIDES[1:], top_block)
+
+
+@BACKBONE_REGISTRY.register()
+def build_rev_mvit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """RevMViT under an FPN, p2 .. p6."""
+    return fpn(cfg, build_rev_mvit_backbone(cfg, input_shape), LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_rev_mvit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """RevMViT under an FPN with RetinaNet's levels, p3 .. p7."""
+    return fpn(cfg, build_rev_mvit_backbone(cfg, input_shape))
+
+
+def with_rev_det_keys(cfg: CfgNode) -> CfgNode:
+    """The config itself if it has rev_det's keys, else (a stock config) a copy with their defaults."""
+    if cfg.MODEL.WEIGHTS and (cfg.INPUT.FORMAT != "RGB" or min(cfg.MODEL.PIXEL_STD) <= 1.0):
+        logger.warning(
+            "The pretrained weights expect RGB images with ImageNet's statistics, but INPUT.FORMAT is %s and "
+            "MODEL.PIXEL_STD %s; set INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675, 116.28, 103.53] and "
+            "MODEL.PIXEL_STD [58.395, 57.12, 57.375]",
+            cfg.INPUT.FORMAT,
+            cfg.MODEL.PIXEL_STD,
+        )
+    if "REV" in cfg.MODEL:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    add_rev_det_config(cfg)
+    logger.info("The config has no MODEL.REV nodes: the backbone gets rev_det's defaults (the -B models).")
+    return cfg
+
+
+def fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module | None = None) -> RevFPN:
+    """An FPN as ``MODEL.FPN`` says over a backbone with several scales.
+
+    Args:
+        top_block: makes the levels above the last scale; None for RetinaNet's P6 and P7.
+
+    Raises:
+        ValueError: ``FPN.IN_FEATURES`` has a scale that the backbone does not return.
+    """
+    shapes = bottom_up.output_shape()
+    scales = list(shapes)
+    in_features = list(cfg.MODEL.FPN.IN_FEATURES)
+    if not in_features or any(name.startswith("res") for name in in_features):
+        # A stock config names ResNet's stages, of the same strides.
+        names = [name.replace("res", "scale") for name in in_features] or scales
+        logger.info("MODEL.FPN.IN_FEATURES %s is replaced with %s.", in_features, names)
+        in_features = names
+    missing = [name for name in in_features if name not in shapes]
+    if missing:
+        raise ValueError(
+            f"MODEL.FPN.IN_FEATURES has {missing}, which the backbone does not return; "
+            f"allowed are MODEL.REV_MVIT.OUT_FEATURES: {scales}"
+        )
+    if isinstance(bottom_up, RevMViT):
+        # A norm that nothing reads would be without a gradient, which DistributedDataParallel refuses.
+        bottom_up.drop_outputs(set(scales) - set(in_features))
+    if top_block is None:
+        last = in_features[-1]
+        top_block = LastLevelP6P7(shapes[last].channels, cfg.MODEL.FPN.OUT_CHANNELS, in_feature=last)
+    return RevFPN(
+        bottom_up=bottom_up,
+        in_features=in_features,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+def simple_pyramid(
+    cfg: CfgNode, net: Backbone, strides: tuple[int, ...], top_block: nn.Module
+) -> RevSimpleFeaturePyramid:
+    """ViTDet's simple pyramid over a backbone with one feature map.
+
+    Args:
+        strides: of the levels, ``top_block`` makes those above.
+
+    Raises:
+        ValueError: the feature map's stride does not lead to these levels.
+    """
+    (name, shape), *_ = net.output_shape().items()
+    scale_factors = [shape.stride / stride for stride in strides]
+    if not set(scale_factors) <= {4.0, 2.0, 1.0, 0.5}:
+        raise ValueError(
+            f"MODEL.REV_VIT.PATCH_SIZE must be 16 for a pyramid of strides {strides}, got {shape.stride}"
+        )
+    return RevSimpleFeaturePyramid(
+        net=net,
+        in_feature=name,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        scale_factors=scale_factors,
+        top_block=top_block,
+        # The pyramid cannot be built without a norm; an empty FPN.NORM, Detectron2's default, means ViTDet's.
+        norm=cfg.MODEL.FPN.NORM or "LN",
+    )

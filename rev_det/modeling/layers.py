@@ -1,0 +1,114 @@
+"""What Rev-ViT and Rev-MViT share: the two branches of a block, drop path, the norm of a scale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .recompute import OutputLinear
+
+LAYER_NORM_EPS = 1e-6
+# The widest tensors of a part of a branch have about this many values (32 MiB in bfloat16): large enough to
+# keep a GPU busy with each part, small enough to be little of the peak.
+CHUNK_VALUES = 2**24
+
+
+def layer_norm(dim: int) -> nn.LayerNorm:
+    return nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+
+
+def to_autocast_dtype(x: Tensor) -> Tensor:
+    """Cast once what several layers would cast each for itself under autocast."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (erf), linear; dropout after each linear layer if asked for. (B, N, C) -> (B, N, C).
+
+    Args:
+        dim: C.
+        hidden_dim: width between the linear layers.
+        dropout: probability of dropping a value after each.
+        last: nothing but sums follows (see `OutputLinear`).
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0, last: bool = True):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = (OutputLinear if last else nn.Linear)(hidden_dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.fc2(self.dropout(self.act(self.fc1(x)))))
+
+    def token_chunks(self, x: Tensor) -> int:
+        """Parts in which to compute this MLP on x of shape (B, N, C)."""
+        if self.dropout.p and self.training:
+            return 1  # so that the random numbers are drawn as in ordinary training
+        return count_chunks(x.shape[0] * x.shape[1] * self.fc1.out_features, x.shape[1])
+
+
+class MlpBranch(nn.Module):
+    """G of a reversible block: pre-norm MLP. (B, N, C) -> (B, N, C).
+
+    ``inner_residual`` gives it a skip connection, which the paper's models do not have: its naive variant.
+    """
+
+    def __init__(self, dim: int, mlp_ratio: float, inner_residual: bool = False):
+        super().__init__()
+        self.norm = layer_norm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.inner_residual = inner_residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mlp(to_autocast_dtype(self.norm(x)))
+        return x + y if self.inner_residual else y
+
+    def token_chunks(self, x: Tensor) -> int:
+        return self.mlp.token_chunks(x)
+
+
+class AttentionBranch(nn.Module):
+    """F of a reversible block: pre-norm attention. (B, N, C) -> (B, N, C).
+
+    ``inner_residual`` gives it a skip connection, which the paper's models do not have: its naive variant.
+    """
+
+    def __init__(self, dim: int, attn: nn.Module, inner_residual: bool = False):
+        super().__init__()
+        self.norm = layer_norm(dim)
+        self.attn = attn
+        self.inner_residual = inner_residual
+
+    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        y = self.attn(to_autocast_dtype(self.norm(x)), hw)
+        return x + y if self.inner_residual else y
+
+    def sample_chunks(self, x: Tensor) -> int:
+        """Parts of the batch in which to compute this branch on x of shape (B, N, C)."""
+        return count_chunks(2 * x.numel(), x.shape[0])
+
+
+class ReversibleBlock(nn.Module):
+    """The F and G of one block; `ReversibleSequence` says how they are applied."""
+
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, inner_residual: bool = False):
+        super().__init__()
+        self.F = AttentionBranch(dim, attn, inner_residual)
+        self.G = MlpBranch(dim, mlp_ratio, inner_residual)
+
+
+def count_chunks(values: int, positions: int) -> int:
+    """Parts of at most `CHUNK_VALUES` values each, if there are enough positions to split along."""
+    return max(1, min(positions, -(-values // CHUNK_VALUES)))
+
+
+def drop_path_masks(rate: float, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Multipliers (mF, mG) of shape (B,) that drop F and G of each sample of x with probability ``rate``."""
+    if rate == 0.0:
+        return None, None
+    keep = 1.0 - rate
+    return x.new_empty(2, x.shape[0]).bernoulli_(keep).div_(keep).unbind()
