@@ -1,0 +1,192 @@
+"""Detectron2's checkpointer, exact about weights and careful with files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from .files import join_digest, local_file, read_checkpoint, split_digest, unsafe_globals
+from .layouts import backbone_prefix, convert
+from .loading import apply_plan, read_source
+from .plan import LoadMode, plan_load
+from .report import name_some
+
+
+class RevCheckpointer(DetectionCheckpointer):
+    """``DetectionCheckpointer`` for detectors with reversible backbones, and for any other.
+
+    Models with a Rev-ViT or Rev-MViT load all that `load_pretrained` loads, as exactly. Other models load
+    what Detectron2 loads, in its way, but from files that cannot run code (``.pkl`` from ``detectron2://``
+    only). Checkpoints are written whole or not at all.
+
+    Args:
+        model: the detector, or its ``DistributedDataParallel``.
+        save_dir: local folder for checkpoints.
+        save_to_disk: None to save on the first process only.
+        strict_weights: ``MODEL.REV.STRICT_WEIGHTS``: whatever does not fit is an error. Resuming is always
+            strict.
+        evaluation: the model will be evaluated as loaded: weights without its heads, or with heads for
+            another number of classes, are an error unless ``strict_weights`` is False.
+        checkpointables: further objects with ``state_dict()`` and ``load_state_dict()``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        save_to_disk: bool | None = None,
+        strict_weights: bool = True,
+        evaluation: bool = False,
+        **checkpointables: Any,
+    ):
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.mode = LoadMode(strict=strict_weights, evaluation=evaluation)
+        self._other_mode = self.mode  # of the load that Detectron2 is doing
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load weights, and the state of checkpointables that the file holds.
+
+        Args:
+            path: as `load_pretrained`'s; empty to load nothing, which is an error for evaluation.
+            checkpointables: names of those to load; None for all.
+
+        Returns:
+            what else our own checkpoint holds, as the iteration.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_pretrained`.
+        """
+        return self._load(path, checkpointables, self.mode)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Resume from the last checkpoint in ``save_dir``; if there is none, or not ``resume``, load weights.
+
+        Args:
+            path: of the weights to load if not resuming.
+            resume: prefer the last checkpoint, which must then match in everything, checkpointables included.
+
+        Returns:
+            as `load`.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load`.
+        """
+        if resume and self.has_checkpoint():
+            last = self.get_checkpoint_file()
+            if not os.path.isfile(last):
+                raise FileNotFoundError(
+                    f"the last checkpoint in {self.save_dir} is {last}, which does not exist; write another "
+                    "one's name into the file last_checkpoint, or start a new run in another OUTPUT_DIR"
+                )
+            return self._load(last, None, LoadMode(evaluation=self.mode.evaluation, resume=True))
+        return self.load(path, checkpointables=[])
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``name.pth`` and make it the last checkpoint.
+
+        Args:
+            name: of the file in ``save_dir``, without its extension.
+            kwargs: further plain data to keep.
+
+        Raises:
+            ValueError: there is something else than tensors and plain values to be kept, which could not be
+                loaded.
+            OSError, RuntimeError: the file cannot be written; earlier checkpoints are untouched.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data |= {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
+        data |= kwargs
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        temporary = f"{path}.tmp"
+        try:
+            with open(temporary, "wb") as f:
+                torch.save(data, f)
+                f.flush()
+                os.fsync(f.fileno())
+            if unsafe := unsafe_globals(temporary):
+                raise ValueError(
+                    f"{path} was not written: it would hold {', '.join(unsafe)}, and could not be loaded. "
+                    "State that is kept must be tensors, numbers, strings, lists, tuples and dictionaries"
+                )
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+        self.tag_last_checkpoint(os.path.basename(path))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        with open(f"{path}.tmp", "w") as f:
+            f.write(last_filename_basename)
+        os.replace(f"{path}.tmp", path)
+
+    def _load(self, path: str, checkpointables: list[str] | None, mode: LoadMode) -> dict[str, Any]:
+        if not path:
+            if mode.evaluation and mode.strict:
+                raise ValueError(
+                    "there are no weights to evaluate: set MODEL.WEIGHTS to those of a trained detector"
+                )
+            return super().load(path)
+        if backbone_prefix(self.model.state_dict()) is None:
+            return self._load_other(path, checkpointables, mode)
+        container, name = read_source(path)
+        source = convert(container, name)
+        # Of other layouts' training state nothing is ours to load.
+        own = source.layout == "rev_det" and isinstance(container.get("model"), Mapping)
+        rest = {key: value for key, value in container.items() if key != "model"} if own else {}
+        if mode.resume:
+            self._require_state(rest, name)
+        apply_plan(self.model, plan_load(self.model, source, name, mode))
+        for key in self.checkpointables if checkpointables is None else checkpointables:
+            if key in rest:
+                self.checkpointables[key].load_state_dict(rest.pop(key))
+        return rest
+
+    def _require_state(self, checkpoint: Mapping[str, Any], name: str) -> None:
+        if absent := [key for key in self.checkpointables if key not in checkpoint]:
+            raise ValueError(
+                f"{name} cannot be resumed from: it holds no state of {', '.join(absent)}. "
+                "Start a new run in another OUTPUT_DIR with it as MODEL.WEIGHTS"
+            )
+
+    def _load_other(self, path: str, checkpointables: list[str] | None, mode: LoadMode) -> dict[str, Any]:
+        """Load a model without a reversible backbone, in Detectron2's way."""
+        name, digest = split_digest(path)
+        url = urlparse(name)
+        if url.path.endswith(".pkl") and url.scheme != "detectron2":
+            raise ValueError(
+                f"{name} is a pickle, which could run code when it is read; .pkl files are read from "
+                "detectron2:// addresses only"
+            )
+        with local_file(join_digest(url._replace(query="").geturl(), digest)) as (local, _):
+            pass  # it is there, and what it should be
+        self._other_mode = mode
+        return super().load(f"{local}?{url.query}" if url.query else local, checkpointables)
+
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        return read_checkpoint(f)
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        """Called by Detectron2's ``load``, for models without a reversible backbone."""
+        mode = self._other_mode
+        if mode.resume:
+            self._require_state(checkpoint, "the checkpoint")
+        incompatible = super()._load_model(checkpoint)
+        wrong = incompatible.missing_keys  # those of another shape among them
+        if wrong and (mode.resume or (mode.evaluation and mode.strict)):
+            raise ValueError(
+                f"the weights lack {len(wrong)} tensors of the model, or have them in another shape: "
+                f"{name_some(wrong)}. Evaluation and resuming need all of them; to evaluate all the same, "
+                "set MODEL.REV.STRICT_WEIGHTS False"
+            )
+        return incompatible

@@ -1,0 +1,213 @@
+"""Reading weight files without trusting them: whole, unchanged, and never running code."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from http.client import HTTPException
+from typing import Any
+
+import safetensors.torch
+import torch
+from detectron2.utils.file_io import PathManager
+from safetensors import SafetensorError
+
+_DIGEST_MARK = "#sha256="
+_DOWNLOADED = ("http://", "https://", "ftp://", "detectron2://")
+# torch.save's first pickled object before it wrote zip archives.
+_LEGACY_TORCH_MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+_ZIP_MAGIC = b"PK\x03\x04"
+_LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
+_HEAD_BYTES = 512
+_CHUNK_BYTES = 2**20
+
+
+def read_checkpoint(source: str | os.PathLike) -> dict[str, Any]:
+    """Read a checkpoint file of any format that cannot run code.
+
+    Zip archives of ``torch.save`` are checked against their checksums first, which ``torch.load`` does not
+    do. Files of ``torch.save`` before torch 1.6 and ``.safetensors`` files have none: ``#sha256=`` protects
+    those. The format is recognised by the content, never by the name.
+
+    Args:
+        source: path, or URL (downloaded once, into Detectron2's cache), optionally followed by ``#sha256=<64
+            hexadecimal digits>``, which the file must then have. What was downloaded and fails a check does
+            not stay in the cache.
+
+    Returns:
+        what the file holds: names to tensors (on the CPU), or a container of such dictionaries.
+
+    Raises:
+        FileNotFoundError: no such file, or it cannot be downloaded.
+        ValueError: the file is not a checkpoint, is damaged, has another digest, or would run code.
+    """
+    with local_file(source) as (path, name):
+        loaded = _read(path, name)
+        if not isinstance(loaded, Mapping):
+            raise ValueError(f"{name} holds a {type(loaded).__name__}, not a dictionary of tensors")
+        return dict(loaded)
+
+
+@contextlib.contextmanager
+def local_file(source: str | os.PathLike) -> Iterator[tuple[str, str]]:
+    """The local path and the name (for messages) of a source whose digest, if one is given, is verified.
+
+    A ValueError in the body removes what was downloaded.
+
+    Args:
+        source: as in `read_checkpoint`.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `read_checkpoint`.
+    """
+    name, digest = split_digest(source)
+    path = _local_path(name)
+    try:
+        if digest is not None:
+            _verify_digest(path, name, digest)
+        yield path, name
+    except ValueError as error:
+        if not name.startswith(_DOWNLOADED):
+            raise
+        # It would otherwise be found there, and refused, for ever.
+        os.unlink(path)
+        raise ValueError(
+            f"{error} (The downloaded copy was removed; it will be downloaded again.)"
+        ) from error
+
+
+def split_digest(source: str | os.PathLike) -> tuple[str, str | None]:
+    """Split ``name#sha256=digest``.
+
+    Returns:
+        the name, and the digest in lower case or None.
+
+    Raises:
+        ValueError: what follows ``#sha256=`` is no SHA-256 digest.
+    """
+    name, mark, digest = os.fspath(source).partition(_DIGEST_MARK)
+    if not mark:
+        return name, None
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
+        raise ValueError(f"{name}: what follows {_DIGEST_MARK} must be 64 hexadecimal digits, got '{digest}'")
+    return name, digest.lower()
+
+
+def join_digest(name: str, digest: str | None) -> str:
+    """The opposite of `split_digest`."""
+    return name if digest is None else f"{name}{_DIGEST_MARK}{digest}"
+
+
+def unsafe_globals(path: str) -> list[str]:
+    """Classes and functions that a ``torch.save`` zip archive asks for and that plain data does not need."""
+    return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+
+
+def _local_path(name: str) -> str:
+    path = name
+    if "://" in name:
+        try:
+            path = PathManager.get_local_path(name)
+        except (OSError, HTTPException) as error:
+            raise FileNotFoundError(
+                f"{name} could not be downloaded: {error}. Check the address and the network, or bring the "
+                "file here by other means and name its path"
+            ) from error
+    if os.path.isdir(path):
+        raise ValueError(f"{name} is a directory; name the weight file itself")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"weight file {name} does not exist")
+    return path
+
+
+def _verify_digest(path: str, name: str, digest: str) -> None:
+    actual = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(_CHUNK_BYTES):
+            actual.update(chunk)
+    if actual.hexdigest() != digest:
+        raise ValueError(
+            f"{name} is not the file that is meant: its sha256 is {actual.hexdigest()}, expected {digest}"
+        )
+
+
+def _read(path: str, name: str) -> Any:
+    with open(path, "rb") as f:
+        head = f.read(_HEAD_BYTES)
+    if not head:
+        raise ValueError(f"{name} is empty: the download or copy failed")
+    if head.startswith(_ZIP_MAGIC):
+        _check_zip(path, name)
+        return _torch_load(path, name)
+    if _LEGACY_TORCH_MAGIC in head[:32]:
+        return _torch_load(path, name)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
+        try:
+            return safetensors.torch.load_file(path)
+        except (SafetensorError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} is damaged or truncated (safetensors): {_first_line(error)}") from error
+    raise ValueError(f"{name} {_describe_foreign(head)}")
+
+
+def _check_zip(path: str, name: str) -> None:
+    """Refuse an archive that is cut short, fails a checksum or was not written by ``torch.save``."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+            damaged = archive.testzip()
+    except Exception as error:  # a damaged directory makes zipfile raise errors of many kinds
+        raise ValueError(f"{name} is damaged or truncated (zip): {_first_line(error)}") from error
+    if damaged is not None:
+        raise ValueError(f"{name} is damaged: the checksum of its member {damaged} is wrong")
+    kinds = {os.path.basename(member) for member in members}
+    if "constants.pkl" in kinds:
+        raise ValueError(f"{name} is a TorchScript program, not a checkpoint; save the model's state_dict()")
+    if "data.pkl" not in kinds:
+        raise ValueError(f"{name} is a zip archive, but not of torch.save: it holds {', '.join(members[:3])}")
+
+
+def _torch_load(path: str, name: str) -> Any:
+    try:
+        with open(path, "rb") as f:  # torch judges a path by its name
+            return torch.load(f, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message recommends to read without this protection.
+        try:
+            unsafe = unsafe_globals(path)
+        except Exception:  # no zip archive, or its pickle is garbage
+            unsafe = re.findall(r"GLOBAL (\S+)", str(error))
+        if not unsafe:
+            raise ValueError(f"{name} is damaged: it holds more than tensors and plain values") from error
+        raise ValueError(
+            f"{name} was refused: it is damaged, or made to run code when it is read: it asks for "
+            f"{', '.join(unsafe)}, where weight files hold tensors and plain values only. If you trust it, "
+            "save its tensors anew with torch.save"
+        ) from error
+    except Exception as error:  # a damaged file makes torch raise errors of many kinds
+        raise ValueError(f"{name} is damaged or truncated: {_first_line(error)}") from error
+
+
+def _describe_foreign(head: bytes) -> str:
+    """What a file that is no checkpoint seems to be, to follow its name in a sentence."""
+    text = head.lstrip()
+    if text.lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "is a web page, not a checkpoint: the server sent an error or login page; download it again"
+    if text.startswith(_LFS_MAGIC):
+        return "is a git-LFS pointer, not the file itself: fetch it with `git lfs pull`"
+    if head.startswith(b"\x80"):
+        return (
+            "is a plain pickle, which could run code when it is read, and is refused. Detectron2's own .pkl "
+            "files are read from detectron2:// addresses, for Detectron2's own backbones"
+        )
+    shown = head[:40].decode("utf-8", "replace")
+    return f"is not a checkpoint of torch.save or safetensors; it starts with {shown!r}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

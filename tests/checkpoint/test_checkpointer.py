@@ -1,0 +1,291 @@
+"""RevCheckpointer: Detectron2's interface, exact resuming, whole files."""
+
+import logging
+import os
+import pickle
+
+import detectron2.checkpoint
+import numpy as np
+import pytest
+import torch
+from detectron2.solver import LRMultiplier
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+from tiny_weights import make_detector, make_mvit, make_vit, pyslowfast_container, same, snapshot
+from torch import nn
+
+from rev_det.checkpoint import RevCheckpointer, convert_state_dict, files
+
+
+class Training:
+    """A model with all that Detectron2's trainers keep beside it."""
+
+    def __init__(self, folder, seed, **options):
+        torch.manual_seed(seed)
+        self.model = make_vit()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        schedule = MultiStepParamScheduler([1.0, 0.1], milestones=[3], num_updates=10)
+        self.scheduler = LRMultiplier(self.optimizer, schedule, max_iter=10)
+        self.iteration = 0
+        self.checkpointer = RevCheckpointer(
+            self.model,
+            str(folder),
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            trainer=self,
+            **options,
+        )
+
+    def state_dict(self):
+        return {"iteration": self.iteration, "hooks": {"Kept": {"best": 0.5, "names": ("a", None)}}}
+
+    def load_state_dict(self, state):
+        self.iteration = state["iteration"]
+
+    def step(self):
+        image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(self.iteration))
+        self.optimizer.zero_grad()
+        self.model(image)["last_feat"].square().mean().backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.iteration += 1
+
+
+def test_a_resumed_run_goes_on_exactly_where_it_was(tmp_path):
+    first = Training(tmp_path, seed=0)
+    for _ in range(2):
+        first.step()
+    first.checkpointer.save("model_0000001", iteration=1)
+    # Only resuming takes the optimizer along, and it is strict whatever the weights are.
+    resumed = Training(tmp_path, seed=1, strict_weights=False)
+    rest = resumed.checkpointer.resume_or_load("elsewhere.pth", resume=True)
+    assert rest == {"iteration": 1}
+    assert resumed.iteration == 2
+    for training in (first, resumed):
+        training.step()
+        training.step()
+    assert same(resumed.model.state_dict(), first.model.state_dict())
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+    moments, expected = (t.optimizer.state_dict()["state"] for t in (resumed, first))
+    assert all(same(moments[i], expected[i]) for i in expected)
+
+
+def test_without_resuming_only_the_weights_of_a_checkpoint_are_taken(tmp_path):
+    first = Training(tmp_path / "first", seed=0)
+    os.makedirs(tmp_path / "first")
+    first.step()
+    first.checkpointer.save("model_final", iteration=0)
+    fine_tuned = Training(tmp_path / "second", seed=1)
+    fine_tuned.checkpointer.resume_or_load(str(tmp_path / "first/model_final.pth"), resume=False)
+    assert same(fine_tuned.model.state_dict(), first.model.state_dict())
+    assert fine_tuned.iteration == 0
+    assert not fine_tuned.optimizer.state
+
+
+def test_load_is_detectron2s(tmp_path):
+    """load(path) takes all that is there, with checkpointables=[] the weights alone; load("") nothing."""
+    first = Training(tmp_path, seed=0)
+    first.step()
+    first.checkpointer.save("model", iteration=7, note="kept")
+    path = str(tmp_path / "model.pth")
+    assert Training(tmp_path, seed=1).checkpointer.load(path) == {"iteration": 7, "note": "kept"}
+    rest = Training(tmp_path, seed=1).checkpointer.load(path, checkpointables=[])
+    assert set(rest) == {"iteration", "note", "optimizer", "scheduler", "trainer"}
+    assert Training(tmp_path, seed=1).checkpointer.load("") == {}
+    # And Detectron2 itself reads what we write.
+    model = make_vit()
+    detectron2.checkpoint.DetectionCheckpointer(model).load(path)
+    assert same(model.state_dict(), first.model.state_dict())
+
+
+@pytest.mark.parametrize("strict_weights", [True, False])
+def test_resuming_another_model_is_an_error(tmp_path, strict_weights):
+    Training(tmp_path, seed=0).checkpointer.save("model_0000001")
+    model = make_vit(pretrain_img_size=96)
+    checkpointer = RevCheckpointer(model, str(tmp_path), strict_weights=strict_weights)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"pos_embed \(1, 16, 32\) in the file.*Resume with the config"):
+        checkpointer.resume_or_load("", resume=True)
+    assert same(model.state_dict(), before)
+
+
+def test_resuming_with_other_scales_or_heads_is_an_error(tmp_path):
+    RevCheckpointer(make_mvit(out_features=("scale3", "scale4")), str(tmp_path)).save("model")
+    with pytest.raises(ValueError, match="missing in the file: scale2_norm.weight"):
+        RevCheckpointer(make_mvit(), str(tmp_path)).resume_or_load("", resume=True)
+    RevCheckpointer(make_detector(classes=5), str(tmp_path)).save("model")
+    with pytest.raises(ValueError, match=r"5 in the file, 3 in the model \(MODEL.ROI_HEADS.NUM_CLASSES\)"):
+        RevCheckpointer(make_detector(classes=3), str(tmp_path)).resume_or_load("", resume=True)
+
+
+def test_resuming_needs_the_state_of_everything(tmp_path):
+    RevCheckpointer(make_vit(), str(tmp_path)).save("model_0000001")
+    training = Training(tmp_path, seed=1)
+    before = snapshot(training.model)
+    with pytest.raises(ValueError, match="model_0000001.pth.*no state of optimizer, scheduler, trainer"):
+        training.checkpointer.resume_or_load("", resume=True)
+    assert same(training.model.state_dict(), before)
+
+
+def test_a_last_checkpoint_that_is_gone_is_named(tmp_path):
+    checkpointer = RevCheckpointer(make_vit(), str(tmp_path))
+    checkpointer.save("model_0000001")
+    (tmp_path / "model_0000001.pth").unlink()
+    with pytest.raises(FileNotFoundError, match="model_0000001.pth, which does not exist"):
+        checkpointer.resume_or_load("", resume=True)
+
+
+def test_a_save_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    model = make_vit()
+    checkpointer = RevCheckpointer(model, str(tmp_path))
+    checkpointer.save("model")
+    saved = snapshot(model)
+
+    def full_disk(data, f):
+        f.write(b"PK\x03\x04 half of it")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        for name in ("model", "model_next"):
+            with pytest.raises(OSError, match="No space left"):
+                checkpointer.save(name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint", "model.pth"]
+    nn.init.zeros_(model.pos_embed)
+    checkpointer.resume_or_load("", resume=True)
+    assert same(model.state_dict(), saved)
+
+
+@pytest.mark.parametrize("state, words", [(np.zeros(2), "numpy"), (nn.Linear(1, 1), "Linear")])
+def test_state_that_could_not_be_loaded_is_not_saved(tmp_path, state, words):
+    checkpointer = RevCheckpointer(make_vit(), str(tmp_path))
+    with pytest.raises(ValueError, match=f"model.pth was not written.*{words}"):
+        checkpointer.save("model", more={"inside": [state]})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_process_that_is_to_save_does(tmp_path):
+    RevCheckpointer(make_vit(), str(tmp_path), save_to_disk=False).save("model")
+    RevCheckpointer(make_vit()).save("model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_published_weights_go_into_a_detector(official_mvit, tmp_path):
+    path = tmp_path / "REV_MVIT_B.pyth"
+    torch.save(pyslowfast_container(official_mvit, num_heads=1), path)
+    model = make_detector()
+    training_state = RevCheckpointer(model, str(tmp_path), optimizer=torch.optim.AdamW(model.parameters()))
+    # Their optimizer and epoch are not ours.
+    assert training_state.resume_or_load(str(path), resume=True) == {}
+    expected = convert_state_dict(official_mvit)
+    state = model.state_dict()
+    assert all(torch.equal(state[f"backbone.bottom_up.{key}"], expected[key]) for key in expected)
+
+
+def test_evaluation_needs_the_heads_unless_asked_otherwise(official_mvit, tmp_path, caplog):
+    path = tmp_path / "REV_MVIT_B.pyth"
+    torch.save(pyslowfast_container(official_mvit, num_heads=1), path)
+    model = make_detector()
+    with pytest.raises(ValueError, match="REV_MVIT_B.pyth.*no detection heads"):
+        RevCheckpointer(model, evaluation=True).resume_or_load(str(path), resume=False)
+    with pytest.raises(ValueError, match="no weights to evaluate: set MODEL.WEIGHTS"):
+        RevCheckpointer(model, evaluation=True).load("")
+    with caplog.at_level(logging.WARNING, "rev_det"):
+        RevCheckpointer(model, evaluation=True, strict_weights=False).load(str(path))
+    assert "random" in caplog.text
+
+
+def test_evaluation_of_a_trained_detector(tmp_path, caplog):
+    source, target = make_detector(classes=5), make_detector(classes=5)
+    RevCheckpointer(source, str(tmp_path)).save("model_final")
+    path = str(tmp_path / "model_final.pth")
+    RevCheckpointer(target, evaluation=True).load(path)
+    assert same(target.state_dict(), source.state_dict())
+    with pytest.raises(ValueError, match="5 in the file, 3 in the model"):
+        RevCheckpointer(make_detector(classes=3), evaluation=True).load(path)
+    with caplog.at_level(logging.WARNING, "rev_det"):
+        RevCheckpointer(make_detector(classes=3)).load(path)
+    assert "start anew" in caplog.text
+
+
+def test_strict_weights_can_be_turned_off(official_vit, tmp_path):
+    del official_vit["norm.bias"]
+    path = tmp_path / "weights.pyth"
+    torch.save(official_vit, path)
+    with pytest.raises(ValueError, match="missing in the file: norm.bias"):
+        RevCheckpointer(make_vit()).load(str(path))
+    RevCheckpointer(make_vit(), strict_weights=False).load(str(path))
+
+
+def test_an_r50_file_is_an_error_that_says_so():
+    with pytest.raises(ValueError, match=r"R-50.pkl is of Detectron2's model zoo.*MODEL.WEIGHTS"):
+        RevCheckpointer(make_detector()).load("detectron2://ImageNetPretrained/MSRA/R-50.pkl")
+
+
+# Models with other backbones.
+
+
+class Other(nn.Module):
+    def __init__(self, outputs=2):
+        super().__init__()
+        self.backbone = nn.Linear(3, 4)
+        self.head = nn.Linear(4, outputs)
+
+
+@pytest.fixture
+def zoo(tmp_path, monkeypatch):
+    """A zoo pickle, as detectron2://zoo/R-50.pkl, and its path."""
+    weights = {key: value.numpy() for key, value in Other().state_dict().items()}
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps({"model": weights, "__author__": "zoo"}))
+    original = files.PathManager.get_local_path
+
+    def get_local_path(name, **kwargs):
+        return str(path) if name == "detectron2://zoo/R-50.pkl" else original(name, **kwargs)
+
+    monkeypatch.setattr(files.PathManager, "get_local_path", get_local_path)
+    return path, weights
+
+
+def test_other_models_read_detectron2s_zoo_from_its_address_only(zoo):
+    path, weights = zoo
+    model = Other()
+    RevCheckpointer(model).load("detectron2://zoo/R-50.pkl")
+    assert same(model.state_dict(), {key: torch.from_numpy(value) for key, value in weights.items()})
+    with pytest.raises(ValueError, match="R-50.pkl is a pickle.*detectron2://"):
+        RevCheckpointer(Other()).load(str(path))
+
+
+def test_other_models_load_as_in_detectron2_but_safely(tmp_path):
+    source, target = Other(), Other()
+    RevCheckpointer(source, str(tmp_path)).save("model", iteration=4)
+    path = tmp_path / "model.pth"
+    assert RevCheckpointer(target).load(str(path)) == {"iteration": 4}
+    assert same(target.state_dict(), source.state_dict())
+    # Missing tensors are a warning in Detectron2, and its query is understood.
+    torch.save({"model": {f"x.{k}": v for k, v in Other().backbone.state_dict().items()}}, path)
+    RevCheckpointer(target).load(f"{path}?matching_heuristics=True")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged or truncated"):
+        RevCheckpointer(target).load(str(path))
+    with pytest.raises(ValueError, match="expected 0000"):
+        RevCheckpointer(target).load(f"{path}#sha256={'0' * 64}")
+    with pytest.raises(FileNotFoundError, match="gone.pth does not exist"):
+        RevCheckpointer(target).load(str(tmp_path / "gone.pth"))
+
+
+def test_other_models_are_evaluated_and_resumed_whole_or_not_at_all(tmp_path):
+    backbone = {f"backbone.{key}": value for key, value in Other().backbone.state_dict().items()}
+    torch.save({"model": backbone}, tmp_path / "backbone.pth")
+    (tmp_path / "last_checkpoint").write_text("backbone.pth")
+    path = str(tmp_path / "backbone.pth")
+    RevCheckpointer(Other()).load(path)
+    RevCheckpointer(Other(), evaluation=True, strict_weights=False).load(path)
+    with pytest.raises(ValueError, match="lack 2 tensors of the model.*head"):
+        RevCheckpointer(Other(), evaluation=True).load(path)
+    with pytest.raises(ValueError, match="lack 2 tensors of the model.*head"):
+        RevCheckpointer(Other(), str(tmp_path)).resume_or_load("", resume=True)
+    with pytest.raises(ValueError, match="no state of scheduler"):
+        RevCheckpointer(Other(), str(tmp_path), scheduler=nn.Identity()).resume_or_load("", resume=True)
+    RevCheckpointer(Other(outputs=5), str(tmp_path)).save("model")
+    with pytest.raises(ValueError, match="lack 2 tensors of the model.*head"):
+        RevCheckpointer(Other(outputs=2), evaluation=True).load(str(tmp_path / "model.pth"))
