@@ -1,0 +1,79 @@
+"""The mapper is Detectron2's, except that an unreadable image is named."""
+
+import os
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_train_loader
+from detectron2.data.detection_utils import SizeMismatchError
+
+from rev_det.data import RevDatasetMapper, register_coco_json
+
+BOTH = pytest.mark.parametrize("is_train", [True, False])
+
+
+@pytest.fixture
+def cfg():
+    cfg = get_cfg()
+    cfg.MODEL.MASK_ON = True
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.INPUT.RANDOM_FLIP = "none"
+    cfg.INPUT.MIN_SIZE_TRAIN = (40,)
+    cfg.DATALOADER.NUM_WORKERS = 0
+    return cfg
+
+
+@pytest.fixture
+def records(content, write, images):
+    register_coco_json("pets", write(content), images)
+    return DatasetCatalog.get("pets")
+
+
+@BOTH
+def test_readable_images_are_mapped_as_by_detectron2(cfg, records, is_train):
+    ours = RevDatasetMapper(cfg, is_train)(records[0])
+    theirs = DatasetMapper(cfg, is_train)(records[0])
+    assert ours.keys() == theirs.keys()
+    assert torch.equal(ours["image"], theirs["image"])
+    if is_train:
+        assert torch.equal(ours["instances"].gt_boxes.tensor, theirs["instances"].gt_boxes.tensor)
+        assert len(ours["instances"].gt_masks) == 2
+
+
+@BOTH
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
+def test_undecodable_image_is_named(cfg, records, is_train, damage):
+    path = records[1]["file_name"]
+    with open(path, "rb") as file:
+        data = file.read()
+    with open(path, "wb") as file:
+        file.write({"truncated": data[: len(data) // 2], "text": b"not an image", "empty": b""}[damage])
+    with pytest.raises(ValueError, match=r"1\.png \(image_id 11\) cannot be decoded: .*replace the file"):
+        RevDatasetMapper(cfg, is_train)(records[1])
+
+
+@BOTH
+def test_image_that_vanished_is_named(cfg, records, is_train):
+    os.remove(records[1]["file_name"])
+    with pytest.raises(ValueError, match=r"1\.png .*No such file"):
+        RevDatasetMapper(cfg, is_train)(records[1])
+
+
+def test_other_errors_pass_unchanged(cfg, records):
+    records[0]["width"] += 1
+    with pytest.raises(SizeMismatchError, match="Mismatched image shape"):
+        RevDatasetMapper(cfg, True)(records[0])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_error_reaches_the_training_loop(cfg, records, num_workers):
+    for record in records:
+        with open(record["file_name"], "wb") as file:
+            file.write(b"not an image")
+    cfg.DATALOADER.NUM_WORKERS = num_workers
+    loader = build_detection_train_loader(
+        records, mapper=RevDatasetMapper(cfg, True), total_batch_size=1, num_workers=num_workers
+    )
+    with pytest.raises(ValueError, match=r"\.png .* cannot be decoded"):
+        next(iter(loader))
