@@ -1,0 +1,166 @@
+"""The training command: arguments in, processes out, one line for what the user can mend."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.engine import default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from ..checkpoint import RevCheckpointer
+from ..data import register_datasets
+from .setup import argument_parser, check_run, load_config
+from .trainer import Trainer
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+# What a user can mend: told in one line, without a traceback.
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
+_USER_ERROR_CODE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train or evaluate as a command line says: ``train_net.py``.
+
+    Args:
+        argv: the arguments; None for the program's own.
+
+    Returns:
+        the exit code: 0, or 2 after a line ``error: …`` on the standard error stream.
+    """
+    args = argument_parser().parse_args(argv)
+    # What load_config settles is worth seeing. default_setup sees to Detectron2's own loggers.
+    setup_logger(name="rev_det")
+    try:
+        cfg = load_config(args.config_file, args.opts, args.dataset, args.num_gpus, args.eval_only)
+        check_run(cfg, args)
+        failure = launch_processes(cfg, args)
+    except USER_ERRORS as error:
+        failure = error_line(error)
+    if failure:
+        sys.stderr.write(f"error: {failure}\n")
+        return _USER_ERROR_CODE
+    return 0
+
+
+def launch_processes(cfg: CfgNode, args: argparse.Namespace) -> str:
+    """Run on ``--num-gpus`` processes, or in this one if that is 1, and wait for them.
+
+    Args:
+        cfg: as ``load_config`` returns it.
+        args: of ``argument_parser``, checked by ``check_run``.
+
+    Returns:
+        in one line what the user can mend, if that ended one of several processes; else nothing.
+
+    Raises:
+        Exception: a single process's own, user errors included; for any other failure of several,
+            that of ``torch.multiprocessing`` with the traceback.
+    """
+    if args.num_gpus * args.num_machines == 1:
+        run(cfg, args)
+        return ""
+    errors = mp.get_context("spawn").SimpleQueue()
+    with _only_on_device(cfg.MODEL.DEVICE):
+        try:
+            launch(
+                _run_process,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(cfg, args, errors),
+            )
+        except (mp.ProcessExitedException, mp.ProcessRaisedException):
+            # When one process stops, the others lose their connection to it: theirs may be reported first.
+            if errors.empty():
+                raise
+            return errors.get()
+    return ""
+
+
+def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
+    """Train or evaluate in this process, as one of those that were launched or the only one.
+
+    Args:
+        cfg: as ``load_config`` returns it.
+        args: of ``argument_parser``.
+
+    Returns:
+        with ``--eval-only`` the metrics, as `Trainer.test` returns them; else nothing.
+    """
+    register_datasets(cfg)
+    default_setup(cfg, args)
+    # `main` already shows rev_det's log on the terminal, but a launched process starts without.
+    shown = bool(logging.getLogger("rev_det").handlers)
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="rev_det", configure_stdout=not shown)
+    if not args.eval_only:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
+        return {}
+    model = Trainer.build_model(cfg)
+    checkpointer = RevCheckpointer(
+        model, cfg.OUTPUT_DIR, strict_weights=cfg.MODEL.REV.STRICT_WEIGHTS, evaluation=True
+    )
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    results = Trainer.test_with_augmentation(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def error_line(error: BaseException) -> str:
+    """An error's message in one line.
+
+    Args:
+        error: may come from a data loader's worker process, whose traceback is then left out.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any(line.startswith("Original Traceback") for line in lines):
+        # torch appends the text of the original error, which ends in "ValueError: message".
+        return lines[-1].partition(": ")[2] or lines[-1]
+    return " ".join(lines) or repr(error)
+
+
+def _run_process(cfg: CfgNode, args: argparse.Namespace, errors: Any) -> None:
+    """`run`, as one of several processes; ``errors`` (a queue) takes what the user can mend."""
+    if torch.device(cfg.MODEL.DEVICE).type == "cpu":
+        # Processes that each use every core would slow each other down.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.num_gpus))
+    try:
+        run(cfg, args)
+    except USER_ERRORS as error:
+        errors.put(error_line(error))
+        sys.exit(_USER_ERROR_CODE)
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _only_on_device(device: str) -> Iterator[None]:
+    """Hide GPUs from launched processes that work on the CPU: Detectron2 would connect them through NCCL."""
+    if torch.device(device).type != "cpu":
+        yield
+        return
+    key = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(key)
+    os.environ[key] = ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before

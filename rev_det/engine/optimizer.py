@@ -1,0 +1,145 @@
+"""The optimizer, its parameter groups, and gradient clipping."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from detectron2.layers.batch_norm import LayerNorm as ChannelsFirstLayerNorm
+from detectron2.solver import get_default_optimizer_params
+from detectron2.solver.build import reduce_param_groups
+from torch import nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+_OPTIMIZERS = ("AdamW", "SGD")
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that ``SOLVER`` describes, over every trainable parameter of a model.
+
+    Norms decay by ``SOLVER.WEIGHT_DECAY_NORM``, biases by ``SOLVER.WEIGHT_DECAY_BIAS``, position
+    embeddings (parameters called ``pos_embed``) not at all, everything else by ``SOLVER.WEIGHT_DECAY``.
+
+    Args:
+        cfg: a config with rev_det's keys.
+        model: the model to train.
+
+    Raises:
+        ValueError: the optimizer is unknown, or nothing in the model is trainable.
+    """
+    solver = cfg.SOLVER
+    groups = param_groups(cfg, model)
+    check_param_groups(model, groups)
+    if solver.OPTIMIZER == "AdamW":
+        return torch.optim.AdamW(
+            groups, lr=solver.BASE_LR, betas=tuple(solver.BETAS), weight_decay=solver.WEIGHT_DECAY
+        )
+    if solver.OPTIMIZER == "SGD":
+        return torch.optim.SGD(
+            groups,
+            lr=solver.BASE_LR,
+            momentum=solver.MOMENTUM,
+            nesterov=solver.NESTEROV,
+            weight_decay=solver.WEIGHT_DECAY,
+        )
+    raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; allowed are {', '.join(_OPTIMIZERS)}")
+
+
+def param_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
+    """Parameter groups with a learning rate and a weight decay each, as few as possible.
+
+    Args:
+        cfg: a config with rev_det's keys.
+        model: the model to train.
+    """
+    solver = cfg.SOLVER
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        overrides={"pos_embed": {"weight_decay": 0.0}},
+    )
+    # The norm of ViTDet's pyramid is a class of its own, which Detectron2's list of norms leaves out.
+    pyramid_norms = [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, ChannelsFirstLayerNorm) and module.weight.requires_grad
+    ]
+    if not pyramid_norms:
+        return groups
+    # Of a parameter's entries the last one counts.
+    return reduce_param_groups([*groups, {"params": pyramid_norms, "weight_decay": solver.WEIGHT_DECAY_NORM}])
+
+
+def check_param_groups(model: nn.Module, groups: Sequence[dict[str, Any]]) -> None:
+    """Require every trainable parameter of a model in exactly one group, and nothing else in any.
+
+    Args:
+        model: the model to train.
+        groups: parameter groups as ``torch.optim`` takes them.
+
+    Raises:
+        ValueError: naming the parameters that are missing, repeated or not trainable.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if not trainable:
+        raise ValueError(
+            "the model has no trainable parameter; check MODEL.REV.FREEZE_AT and your own freezing"
+        )
+    counts = Counter(id(parameter) for group in groups for parameter in group["params"])
+    problems = {
+        "in no group": trainable - set(counts),
+        "in more than one group": {key for key, count in counts.items() if count > 1},
+        "not trainable parameters of this model": set(counts) - trainable,
+    }
+    found = [
+        f"{', '.join(sorted(names.get(key, 'unknown') for key in keys))}: {problem}"
+        for problem, keys in problems.items()
+        if keys
+    ]
+    if found:
+        raise ValueError(f"optimizer groups must hold each trainable parameter once, but {'; '.join(found)}")
+
+
+def build_gradient_clipper(cfg: CfgNode) -> Callable[[Sequence[nn.Parameter]], None] | None:
+    """What ``SOLVER.CLIP_GRADIENTS`` does to the (unscaled) gradients of a step; None when it is off.
+
+    "full_model" scales all gradients together to a norm of at most ``CLIP_VALUE``. Detectron2's "norm"
+    does that to each parameter alone, and its "value" clamps every element.
+
+    Args:
+        cfg: a Detectron2 config.
+
+    Raises:
+        ValueError: ``CLIP_TYPE`` is unknown.
+    """
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if not clip.ENABLED:
+        return None
+    value, norm_type = clip.CLIP_VALUE, clip.NORM_TYPE
+
+    def full_model(parameters: Sequence[nn.Parameter]) -> None:
+        clip_grad_norm_(parameters, value, norm_type)
+
+    def norm(parameters: Sequence[nn.Parameter]) -> None:
+        for parameter in parameters:
+            clip_grad_norm_(parameter, value, norm_type)
+
+    def clamp(parameters: Sequence[nn.Parameter]) -> None:
+        clip_grad_value_(parameters, value)
+
+    clippers = {"full_model": full_model, "norm": norm, "value": clamp}
+    if clip.CLIP_TYPE not in clippers:
+        raise ValueError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; allowed are {', '.join(clippers)}"
+        )
+    return clippers[clip.CLIP_TYPE]

@@ -1,0 +1,153 @@
+"""Pictures of a training run: its curves, and predictions beside the ground truth."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import detection_utils as utils
+from detectron2.evaluation import inference_context
+from detectron2.structures import Instances
+from detectron2.utils.visualizer import Visualizer
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import nn
+
+from ..data import RevDatasetMapper
+from .amp import Precision
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+# Detectron2's names of the metrics that are drawn.
+_AP = {"bbox/AP": "box AP", "segm/AP": "mask AP"}
+# Longer side, in pixels, that images are enlarged or reduced to on the sheet.
+_TILE = 448
+
+
+def read_metrics(path: str) -> list[dict[str, float]]:
+    """The records of a ``metrics.json``, by rising iteration.
+
+    A run writes behind the records of earlier ones in the same folder. Where iterations begin anew, be it
+    at 0 or at a checkpoint, the earlier records from there on belong to a run that was given up.
+
+    Args:
+        path: a file as Detectron2's ``JSONWriter`` makes it, one JSON object per line.
+    """
+    records: list[dict[str, float]] = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            record = json.loads(line)
+            while records and records[-1]["iteration"] >= record["iteration"]:
+                records.pop()
+            records.append(record)
+    return records
+
+
+def draw_curves(metrics_path: str, path: str) -> None:
+    """Draw losses, learning rate and AP over iterations as a PNG.
+
+    Args:
+        metrics_path: a ``metrics.json``.
+        path: the picture to write.
+
+    Raises:
+        ValueError: the file holds no records.
+    """
+    records = read_metrics(metrics_path)
+    if not records:
+        raise ValueError(f"{metrics_path} holds no records to draw")
+    names = sorted({name for record in records for name in record})
+    figure = _figure(15, 4.2)
+    losses, rate, precision = figure.subplots(1, 3)
+
+    for name in (name for name in names if name.startswith("loss")):
+        _plot(losses, records, name, linewidth=1)
+    _plot(losses, records, "total_loss", color="black", linewidth=2)
+    losses.set(title="training losses", yscale="log")
+    _plot(rate, records, "lr", color="black")
+    rate.set(title="learning rate", ylim=(0, None))
+    for name in names:
+        task = next((task for task in _AP if name == task or name.endswith(f"/{task}")), None)
+        if task:
+            # With several test sets the name starts with that of the set.
+            _plot(precision, records, name, label=name.replace(task, _AP[task]), marker="o")
+    precision.set(title="COCO AP", ylim=(0, 100))
+
+    for axes in (losses, rate, precision):
+        axes.set(xlabel="iteration", xlim=(0, max(record["iteration"] for record in records)))
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
+def draw_predictions(
+    cfg: CfgNode, model: nn.Module, dataset_name: str, path: str, num_images: int = 8, min_score: float = 0.5
+) -> None:
+    """Draw a sheet of images, each with its ground truth to the left and its predictions to the right.
+
+    Args:
+        cfg: the config the model was built from.
+        model: a detector; its mode is kept.
+        dataset_name: a registered dataset; its first annotated images are shown.
+        path: the PNG to write.
+        num_images: at most this many images, in two columns of pairs.
+        min_score: predictions below it are left out.
+    """
+    # Annotated images first; sorting keeps the order otherwise.
+    records = sorted(DatasetCatalog.get(dataset_name), key=lambda record: not record.get("annotations"))
+    metadata = MetadataCatalog.get(dataset_name)
+    mapper = RevDatasetMapper(cfg, is_train=False)
+    tiles = []
+    for record in records[:num_images]:
+        with inference_context(model), torch.inference_mode(), Precision.from_config(cfg).autocast():
+            instances = model([mapper(record)])[0]["instances"].to("cpu")
+        image = utils.read_image(record["file_name"], format="RGB")
+        truth = _visualizer(image, metadata).draw_dataset_dict(record).get_image()
+        tiles += [truth, _draw_instances(image, metadata, instances[instances.scores >= min_score])]
+    _sheet(tiles, ("ground truth", f"predictions, score >= {min_score:g}"), path)
+
+
+def _plot(axes: Axes, records: Sequence[dict[str, float]], name: str, label: str = "", **style: Any) -> None:
+    points = [(record["iteration"], record[name]) for record in records if name in record]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label or name, **style)
+
+
+def _visualizer(image: np.ndarray, metadata: Any) -> Visualizer:
+    # Small images are enlarged to keep labels legible; beyond 4 times, Detectron2 rounds their size to zero.
+    scale = min(4.0, _TILE / max(image.shape[:2]))
+    return Visualizer(image, metadata, scale=scale, font_size_scale=1.5)
+
+
+def _draw_instances(image: np.ndarray, metadata: Any, instances: Instances) -> np.ndarray:
+    return _visualizer(image, metadata).draw_instance_predictions(instances).get_image()
+
+
+def _sheet(tiles: Sequence[np.ndarray], titles: tuple[str, str], path: str) -> None:
+    """Lay out pairs of tiles (H, W, 3) in two columns of pairs, one if there is a single pair."""
+    columns = min(4, len(tiles))
+    rows = math.ceil(len(tiles) / columns)
+    figure = _figure(4 * columns, 4 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for index, axes in enumerate(grid):
+        axes.axis("off")
+        if index < len(tiles):
+            axes.imshow(tiles[index])
+            if index < columns:
+                axes.set_title(titles[index % 2])
+    figure.savefig(path, dpi=_TILE // 4)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure (inches) outside pyplot's global state, which other code may be using."""
+    figure = Figure((width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

@@ -1,0 +1,249 @@
+"""From a command line to a complete, checked config: everything that can be wrong is found here."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import yaml
+from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.engine import default_argument_parser
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
+
+# Importing rev_det.modeling registers the backbones.
+from .. import modeling  # noqa: F401
+from ..checkpoint import RevCheckpointer
+from ..config import add_rev_det_config
+from ..data import parse_dataset_argument, register_datasets, resolve_mask_format, resolve_num_classes
+from .amp import Precision
+from .evaluation import check_test_augmentation
+from .optimizer import build_gradient_clipper, build_optimizer
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+logger = logging.getLogger(__name__)
+
+_EPILOG = """
+examples:
+  train on 8 GPUs:
+    train_net.py --num-gpus 8 --config-file configs/COCO-Detection/mask_rcnn_rev_mvit_b_fpn_3x.yaml
+  train on your own data in COCO's format, with keys of the config at the end:
+    train_net.py --config-file CONFIG --dataset cats=train.json:images --dataset cats_val=val.json:images
+        DATASETS.TRAIN "('cats',)" DATASETS.TEST "('cats_val',)" SOLVER.IMS_PER_BATCH 4
+  evaluate:
+    train_net.py --config-file CONFIG --eval-only MODEL.WEIGHTS output/model_final.pth
+"""
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's arguments, and ``--dataset``."""
+    parser = default_argument_parser(epilog=_EPILOG)
+    parser.add_argument(
+        "--dataset",
+        action="append",
+        default=[],
+        metavar="NAME=JSON:IMAGES",
+        help="register a dataset in COCO's format, for use in DATASETS.TRAIN and DATASETS.TEST (repeatable)",
+    )
+    # On one machine any free port will do: runs side by side must not meet.
+    parser.set_defaults(dist_url="auto")
+    return parser
+
+
+def load_config(
+    config_file: str,
+    opts: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+    num_gpus: int = 1,
+    eval_only: bool = False,
+) -> CfgNode:
+    """Read a config, register its datasets and settle the keys that follow from them and from the machine.
+
+    Args:
+        config_file: a YAML file.
+        opts: keys and values that override the file's, alternating.
+        datasets: values of ``--dataset``, added to ``DATASETS.COCO_JSON``.
+        num_gpus: processes on this machine, each with a GPU of its own unless ``MODEL.DEVICE`` is the CPU.
+        eval_only: empty ``DATASETS.TRAIN``: to evaluate, the training data need not be there.
+
+    Returns:
+        a frozen config with every dataset registered in this process.
+
+    Raises:
+        FileNotFoundError: the config, annotations or images do not exist.
+        ValueError: a key does not exist, a value or a dataset is not valid, or there are too few GPUs.
+    """
+    cfg = get_cfg()
+    add_rev_det_config(cfg)
+    _merge(cfg, config_file, opts)
+    cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, *map(parse_dataset_argument, datasets)]
+    if eval_only:
+        cfg.DATASETS.TRAIN = ()
+    _settle_device(cfg, num_gpus)
+    Precision.from_config(cfg)
+    register_datasets(cfg)
+    resolve_num_classes(cfg)
+    resolve_mask_format(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Find what would stop a run, before anything is written.
+
+    Builds the model once, on the CPU, loads its weights, and drops it.
+
+    Args:
+        cfg: as `load_config` returns it.
+        args: of `argument_parser`.
+
+    Raises:
+        FileNotFoundError: weights or a dataset do not exist.
+        ValueError: a part cannot be built, weights do not fit, or arguments and config do not go together.
+    """
+    _check_processes(cfg, args)
+    _check_dataset_files("DATASETS.TEST", cfg.DATASETS.TEST)
+    if args.eval_only and not cfg.DATASETS.TEST:
+        raise ValueError("--eval-only: DATASETS.TEST is empty, there is nothing to evaluate on")
+    if not args.eval_only:
+        if not cfg.DATASETS.TRAIN:
+            raise ValueError("DATASETS.TRAIN is empty, there is nothing to train on")
+        _check_dataset_files("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+    if args.eval_only and cfg.TEST.AUG.ENABLED:
+        check_test_augmentation(cfg)
+    with _silence():
+        _build_once(cfg, args)
+
+
+def _build_once(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Build the parts of a run that a config can get wrong, load its weights, and drop it all."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    try:
+        model = build_model(cfg)
+        if not args.eval_only:
+            build_lr_scheduler(cfg, build_optimizer(cfg, model))
+            build_gradient_clipper(cfg)
+    # Detectron2 asserts where it means that a config is wrong; its registries raise KeyError.
+    except (AssertionError, KeyError) as error:
+        text = " ".join(map(str, error.args)) or repr(error)
+        raise ValueError(f"the config cannot be built: {text}") from error
+    checkpointer = RevCheckpointer(
+        model, cfg.OUTPUT_DIR, strict_weights=cfg.MODEL.REV.STRICT_WEIGHTS, evaluation=args.eval_only
+    )
+    if not (args.resume and checkpointer.has_checkpoint()):
+        checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """No log from what the run itself will do, and log, again."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _merge(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
+    if not config_file:
+        raise ValueError("--config-file is missing; the configs are below configs/")
+    if not os.path.isfile(config_file):
+        raise FileNotFoundError(f"--config-file {config_file} does not exist")
+    misplaced = [word for word in opts if word.startswith("--")]
+    if misplaced:
+        raise ValueError(
+            f"{misplaced[0]} comes after the first KEY VALUE pair; options come before all of them"
+        )
+    if len(opts) % 2:
+        raise ValueError(
+            f"config keys and values must alternate, but {len(opts)} words are given: {' '.join(opts)}"
+        )
+    known = set(_keys(cfg))
+    for key in opts[::2]:
+        if key not in known:
+            raise ValueError(_unknown_key(key, known))
+    try:
+        cfg.merge_from_file(config_file)
+    except KeyError as error:
+        # yacs: "Non-existent config key: A.B".
+        raise ValueError(f"{config_file}: {_unknown_key(error.args[0].split(': ')[-1], known)}") from error
+    except (yaml.YAMLError, AttributeError, AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"{config_file} is not a valid config: {error}") from error
+    cfg.merge_from_list(list(opts))
+
+
+def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield prefix + key
+        if isinstance(value, type(node)):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _unknown_key(key: str, known: set[str]) -> str:
+    similar = difflib.get_close_matches(key, sorted(known), n=1)
+    return f"there is no config key {key}" + (f"; did you mean {similar[0]}?" if similar else "")
+
+
+def _settle_device(cfg: CfgNode, num_gpus: int) -> None:
+    """Fall back on the CPU where there is no CUDA, unless several GPUs were asked for."""
+    wrong = f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; allowed are 'cuda' and 'cpu'"
+    try:
+        device = torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise ValueError(wrong) from error
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(wrong)
+    if device.type == "cpu":
+        return
+    available = torch.cuda.device_count()
+    if num_gpus > max(1, available):
+        raise ValueError(
+            f"--num-gpus is {num_gpus}, but this machine has {available} CUDA devices; "
+            "with MODEL.DEVICE cpu it is the number of processes on the CPU"
+        )
+    if not available:
+        logger.warning("MODEL.DEVICE is %r, but there is no CUDA device: using the CPU", cfg.MODEL.DEVICE)
+        cfg.MODEL.DEVICE = "cpu"
+
+
+def _check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
+    if args.num_gpus < 1 or args.num_machines < 1:
+        raise ValueError(
+            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: both must be at least 1 "
+            "(MODEL.DEVICE cpu trains without a GPU)"
+        )
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise ValueError(f"--machine-rank {args.machine_rank} must be from 0 to {args.num_machines - 1}")
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ValueError(
+            "--num-machines above 1 needs --dist-url, the same on all: tcp://ADDRESS_OF_MACHINE_0:PORT"
+        )
+    processes = args.num_gpus * args.num_machines
+    if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % processes:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {processes} processes cannot share "
+            "equally; set it to a multiple"
+        )
+
+
+def _check_dataset_files(key: str, names: Sequence[str]) -> None:
+    """Those that Detectron2 registers itself are not looked at until they are used."""
+    for name in names:
+        metadata = MetadataCatalog.get(name)
+        for path in (metadata.get("json_file"), metadata.get("image_root")):
+            if path and "://" not in path and not os.path.exists(path):
+                raise FileNotFoundError(
+                    f"{key}: {path} of dataset '{name}' does not exist; "
+                    "DETECTRON2_DATASETS names the folder that holds Detectron2's datasets"
+                )

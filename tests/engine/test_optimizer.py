@@ -1,0 +1,132 @@
+"""Parameter groups, optimizers and gradient clipping."""
+
+import pytest
+import torch
+from detectron2.layers.batch_norm import LayerNorm as ChannelsFirstLayerNorm
+from detectron2.modeling import build_model
+from torch import nn
+
+from rev_det.engine import build_gradient_clipper, build_optimizer, check_param_groups, load_config
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.ones(1, 4, 2))
+        self.linear = nn.Linear(2, 2)
+        self.norm = nn.LayerNorm(2)
+        self.group_norm = nn.GroupNorm(1, 2)
+        self.pyramid_norm = ChannelsFirstLayerNorm(2)
+
+
+@pytest.fixture
+def cfg(nano_mvit, tiny_dataset):
+    cfg = load_config(nano_mvit, ["DATASETS.TRAIN", "('tiny',)", "DATASETS.TEST", "()"], [tiny_dataset])
+    cfg.defrost()
+    return cfg
+
+
+def weight_decay_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_norms_biases_and_position_embeddings_have_their_own_decay(cfg):
+    cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.WEIGHT_DECAY_NORM, cfg.SOLVER.WEIGHT_DECAY_BIAS = 0.1, 0.02, 0.003
+    model = Toy()
+    assert weight_decay_by_name(model, build_optimizer(cfg, model)) == {
+        "pos_embed": 0.0,
+        "linear.weight": 0.1,
+        "linear.bias": 0.003,
+        "norm.weight": 0.02,
+        "norm.bias": 0.003,
+        "group_norm.weight": 0.02,
+        "group_norm.bias": 0.003,
+        "pyramid_norm.weight": 0.02,
+        "pyramid_norm.bias": 0.003,
+    }
+
+
+def test_in_the_detectors_exactly_matrices_and_kernels_decay(nano_config, tiny_dataset):
+    cfg = load_config(nano_config, ["DATASETS.TRAIN", "('tiny',)", "DATASETS.TEST", "()"], [tiny_dataset])
+    model = build_model(cfg)
+    decays = weight_decay_by_name(model, build_optimizer(cfg, model))
+    assert decays.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        decaying = parameter.dim() > 1 and "pos_embed" not in name
+        assert decays[name] == (cfg.SOLVER.WEIGHT_DECAY if decaying else 0.0), name
+
+
+def test_frozen_parameters_are_in_no_group(cfg):
+    model = Toy()
+    model.linear.requires_grad_(False)
+    model.pyramid_norm.requires_grad_(False)
+    names = weight_decay_by_name(model, build_optimizer(cfg, model))
+    assert not [name for name in names if name.startswith(("linear", "pyramid_norm"))]
+
+
+def test_a_model_without_trainable_parameters_is_an_error(cfg):
+    with pytest.raises(ValueError, match="no trainable parameter; check MODEL.REV.FREEZE_AT"):
+        build_optimizer(cfg, Toy().requires_grad_(False))
+
+
+def test_groups_that_miss_repeat_or_invent_parameters_are_errors():
+    model = Toy()
+    everything = list(model.parameters())
+    check_param_groups(model, [{"params": everything}])
+    with pytest.raises(ValueError, match="pos_embed: in no group"):
+        check_param_groups(model, [{"params": everything[1:]}])
+    with pytest.raises(ValueError, match="linear.weight: in more than one group"):
+        check_param_groups(model, [{"params": everything}, {"params": [model.linear.weight]}])
+    with pytest.raises(ValueError, match="unknown: not trainable parameters of this model"):
+        check_param_groups(model, [{"params": [*everything, nn.Parameter(torch.ones(1))]}])
+
+
+def test_adamw_and_sgd_take_their_keys(cfg):
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.BETAS, cfg.SOLVER.MOMENTUM = 0.5, (0.8, 0.95), 0.7
+    adamw = build_optimizer(cfg, Toy())
+    assert type(adamw) is torch.optim.AdamW
+    assert {(group["lr"], group["betas"]) for group in adamw.param_groups} == {(0.5, (0.8, 0.95))}
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    sgd = build_optimizer(cfg, Toy())
+    assert type(sgd) is torch.optim.SGD
+    assert {(group["lr"], group["momentum"]) for group in sgd.param_groups} == {(0.5, 0.7)}
+
+
+def test_an_unknown_optimizer_is_an_error(cfg):
+    cfg.SOLVER.OPTIMIZER = "adam"
+    with pytest.raises(ValueError, match="SOLVER.OPTIMIZER is 'adam'; allowed are AdamW, SGD"):
+        build_optimizer(cfg, Toy())
+
+
+def clipped(cfg, clip_type: str) -> list[torch.Tensor]:
+    """Gradients (3, 4) and (0.6, 0.8), norms 5 and 1, clipped to 1.5."""
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 4.0]), torch.tensor([0.6, 0.8])
+    cfg.SOLVER.CLIP_GRADIENTS.merge_from_list(["ENABLED", True, "CLIP_TYPE", clip_type, "CLIP_VALUE", 1.5])
+    build_gradient_clipper(cfg)(parameters)
+    return [parameter.grad for parameter in parameters]
+
+
+def test_full_model_clipping_scales_all_gradients_by_one_factor(cfg):
+    first, second = clipped(cfg, "full_model")
+    factor = 1.5 / 26**0.5
+    torch.testing.assert_close(first, factor * torch.tensor([3.0, 4.0]))
+    torch.testing.assert_close(second, factor * torch.tensor([0.6, 0.8]))
+
+
+def test_norm_and_value_clipping_are_detectron2s(cfg):
+    first, second = clipped(cfg, "norm")
+    torch.testing.assert_close(first, torch.tensor([0.9, 1.2]))
+    torch.testing.assert_close(second, torch.tensor([0.6, 0.8]))
+    first, second = clipped(cfg, "value")
+    torch.testing.assert_close(first, torch.tensor([1.5, 1.5]))
+    torch.testing.assert_close(second, torch.tensor([0.6, 0.8]))
+
+
+def test_clipping_is_off_or_of_a_known_type(cfg):
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+    assert build_gradient_clipper(cfg) is None
+    cfg.SOLVER.CLIP_GRADIENTS.merge_from_list(["ENABLED", True, "CLIP_TYPE", "global"])
+    with pytest.raises(ValueError, match="CLIP_TYPE is 'global'; allowed are full_model, norm, value"):
+        build_gradient_clipper(cfg)

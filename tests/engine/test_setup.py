@@ -1,0 +1,190 @@
+"""From a command line to a checked config: what is settled, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from rev_det.engine import argument_parser, check_run, load_config
+
+TINY = ("DATASETS.TRAIN", "('tiny',)", "DATASETS.TEST", "('tiny',)")
+
+
+@pytest.fixture
+def check(nano_mvit, tiny_dataset, tmp_path):
+    """Load and check a run of the nano config on the tiny set, with more options and keys."""
+
+    def load(*opts: str, options: tuple[str, ...] = (), config: str = nano_mvit):
+        words = ["--config-file", config, "--dataset", tiny_dataset, *options]
+        args = argument_parser().parse_args([*words, "OUTPUT_DIR", str(tmp_path / "output"), *TINY, *opts])
+        cfg = load_config(args.config_file, args.opts, args.dataset, args.num_gpus, args.eval_only)
+        check_run(cfg, args)
+        return cfg
+
+    return load
+
+
+def test_arguments_are_detectron2s_and_repeatable_datasets():
+    args = argument_parser().parse_args(
+        ["--dataset", "a=x:y", "--num-gpus", "2", "--dataset", "b=x:y", "--resume", "--eval-only", "KEY", "1"]
+    )
+    assert args.dataset == ["a=x:y", "b=x:y"]
+    assert (args.num_gpus, args.resume, args.eval_only, args.opts) == (2, True, True, ["KEY", "1"])
+
+
+def test_datasets_of_the_command_line_join_those_of_the_config(nano_mvit, tiny_dataset):
+    name, _, paths = tiny_dataset.partition("=")
+    annotations, _, images = paths.partition(":")
+    opts = ["DATASETS.COCO_JSON", repr([["from_config", annotations, images]]), "DATASETS.TRAIN", "('tiny',)"]
+    cfg = load_config(nano_mvit, opts, [tiny_dataset])
+    assert [entry[0] for entry in cfg.DATASETS.COCO_JSON] == ["from_config", name]
+    assert cfg.is_frozen()
+
+
+def test_classes_and_mask_format_are_taken_from_the_data(check):
+    cfg = check()
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_cuda_the_cpu_is_used_with_a_warning(check, caplog):
+    assert check("MODEL.DEVICE", "cuda").MODEL.DEVICE == "cpu"
+    assert "MODEL.DEVICE is 'cuda', but there is no CUDA device: using the CPU" in caplog.text
+
+
+def test_several_processes_on_the_cpu_need_no_gpu(check):
+    assert check("MODEL.DEVICE", "cpu", options=("--num-gpus", "2")).MODEL.DEVICE == "cpu"
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (
+            ("MODEL.REV_MVIT.DEPHT", "9"),
+            r"no config key MODEL.REV_MVIT.DEPHT; did you mean MODEL.REV_MVIT.DEPTH\?",
+        ),
+        (("MODEL.REV_MVIT.DEPTH", "nine"), "MODEL.REV_MVIT.DEPTH"),
+        (("MODEL.MASK_ON",), "keys and values must alternate"),
+        (("--resume", "True"), "--resume comes after the first KEY VALUE pair"),
+        (("MODEL.DEVICE", "gpu"), "MODEL.DEVICE is 'gpu'; allowed are 'cuda' and 'cpu'"),
+        (("MODEL.DEVICE", "meta"), "MODEL.DEVICE is 'meta'; allowed are 'cuda' and 'cpu'"),
+        (("MODEL.BACKBONE.NAME", "rev_mvit"), "config cannot be built: .*rev_mvit.*BACKBONE"),
+        (("MODEL.REV_MVIT.LAST_BLOCK_INDEXES", "(0, 2, 1, 8)"), "(?i)last_block_indexes"),
+        (("MODEL.REV_MVIT.LAST_BLOCK_INDEXES", "(0, 2, 6, 7)"), "(?i)last_block_indexes"),
+        (("MODEL.REV_MVIT.OUT_FEATURES", "('scale9',)"), "(?i)out_features|scale9"),
+        (("MODEL.REV_MVIT.NUM_HEADS", "3"), "(?i)num_heads"),
+        (("MODEL.REV.ACTIVATIONS", "rebuilt"), "(?i)activations"),
+        (("MODEL.ROI_HEADS.NUM_CLASSES", "7"), "NUM_CLASSES is 7.*3 classes"),
+        (("SOLVER.OPTIMIZER", "Lion"), "SOLVER.OPTIMIZER is 'Lion'"),
+        (("SOLVER.LR_SCHEDULER_NAME", "Cosine"), "LR scheduler: Cosine"),
+        (
+            ("SOLVER.AMP.ENABLED", "True", "MODEL.DEVICE", "cpu", "SOLVER.AMP.DTYPE", "fp16"),
+            "SOLVER.AMP.DTYPE",
+        ),
+        (("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "l2"), "CLIP_TYPE is 'l2'"),
+        (("DATASETS.TRAIN", "('unknown',)"), "dataset 'unknown' is not registered"),
+        (("DATASETS.TRAIN", "()"), "DATASETS.TRAIN is empty"),
+    ],
+)
+def test_bad_keys_and_values_are_named(check, opts, message):
+    with pytest.raises(ValueError, match=message):
+        check(*opts)
+
+
+@pytest.mark.parametrize(
+    "options, opts, message",
+    [
+        (("--num-gpus", "0"), (), "--num-gpus 0 .*at least 1"),
+        (("--num-gpus", "99"), ("MODEL.DEVICE", "cuda"), r"--num-gpus is 99, but this machine has \d+ CUDA"),
+        (("--num-gpus", "3"), ("MODEL.DEVICE", "cpu"), "IMS_PER_BATCH is 8, which 3 processes cannot share"),
+        (("--num-machines", "2", "--machine-rank", "2"), (), "--machine-rank 2 must be from 0 to 1"),
+        (("--num-machines", "2"), (), "--num-machines above 1 needs --dist-url"),
+        (("--eval-only",), (), "no weights to evaluate: set MODEL.WEIGHTS"),
+        (("--eval-only",), ("DATASETS.TEST", "()"), "DATASETS.TEST is empty"),
+        (("--dataset", "nonsense"), (), "--dataset 'nonsense'"),
+    ],
+)
+def test_bad_arguments_are_named(check, options, opts, message):
+    with pytest.raises(ValueError, match=message):
+        check(*opts, options=options)
+
+
+@pytest.mark.parametrize("options", [(), ("--eval-only",), ("--resume",)])
+def test_weights_that_do_not_exist_are_an_error(check, options):
+    with pytest.raises(FileNotFoundError, match="/no/such/weights.pth does not exist"):
+        check("MODEL.WEIGHTS", "/no/such/weights.pth", options=options)
+
+
+def test_weights_that_do_not_fit_are_found_before_the_run(check, tmp_path):
+    cfg = check()
+    backbone = build_model(cfg).backbone.bottom_up.state_dict()
+    path = str(tmp_path / "backbone.pth")
+    torch.save({"model": backbone}, path)
+    check("MODEL.WEIGHTS", path)
+    with pytest.raises(ValueError, match="backbone.pth"):
+        check("MODEL.WEIGHTS", path, options=("--eval-only",))
+    torch.save({"model": dict(list(backbone.items())[:-1])}, path)
+    with pytest.raises(ValueError, match="backbone.pth"):
+        check("MODEL.WEIGHTS", path)
+    check("MODEL.WEIGHTS", path, "MODEL.REV.STRICT_WEIGHTS", "False")
+
+
+def test_evaluation_does_not_need_the_training_data(check, tmp_path):
+    path = str(tmp_path / "detector.pth")
+    torch.save({"model": build_model(check()).state_dict()}, path)
+    absent = ("DATASETS.TRAIN", "('unknown',)")
+    cfg = check("MODEL.WEIGHTS", path, *absent, options=("--eval-only",))
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
+    with pytest.raises(ValueError, match="dataset 'unknown' is not registered"):
+        check("MODEL.WEIGHTS", path, *absent)
+
+
+def test_resuming_from_a_checkpoint_does_not_look_at_the_weights(check, tmp_path):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "last_checkpoint").write_text("model_0000001.pth")
+    check("MODEL.WEIGHTS", "/no/such/weights.pth", options=("--resume",))
+    with pytest.raises(FileNotFoundError):
+        check("MODEL.WEIGHTS", "/no/such/weights.pth")
+
+
+def test_datasets_of_detectron2_that_are_not_there_are_an_error(check, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match="instances_val2017.json of dataset 'coco_2017_val'.*DETECTRON2_DATA"
+    ):
+        check("DATASETS.TRAIN", "('coco_2017_train',)", "DATASETS.TEST", "('coco_2017_val',)")
+
+
+def test_a_missing_config_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="--config-file is missing"):
+        load_config("")
+    with pytest.raises(FileNotFoundError, match="none.yaml does not exist"):
+        load_config(str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "MODEL:\n  REV:\n    ACTIVATION: cached\n",
+            r"no config key MODEL.REV.ACTIVATION; did you mean .*ACTIVATIONS\?",
+        ),
+        ("SOLVER:\n  BASE_LR: fast\nVERSION: 2\n", "is not a valid config: .*SOLVER.BASE_LR"),
+        ("MODEL: [", "is not a valid config"),
+        ("- a\n- b\n", "is not a valid config"),
+        ("", "is not a valid config"),
+    ],
+)
+def test_a_config_file_that_is_not_valid_is_named(tmp_path, text, message):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"broken.yaml:? .*{message}"):
+        load_config(str(path))
+
+
+def test_annotations_that_are_not_coco_are_an_error(nano_mvit, tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps({"images": []}))
+    with pytest.raises(ValueError, match="bad.json"):
+        load_config(nano_mvit, ["DATASETS.TRAIN", "('bad',)"], [f"bad={path}:{tmp_path}"])

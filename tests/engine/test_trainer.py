@@ -1,0 +1,105 @@
+"""Training, evaluation and resuming, through the same function as the command."""
+
+import json
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+
+from rev_det.engine import Trainer, argument_parser, load_config, main, run
+
+
+def parsed(arguments: list[str]):
+    args = argument_parser().parse_args(arguments)
+    return load_config(args.config_file, args.opts, args.dataset), args
+
+
+def test_two_steps_evaluation_and_files_of_both_nano_configs(tiny_run, nano_config, tmp_path):
+    output = tmp_path / "output"
+    assert main(tiny_run(nano_config)) == 0
+    records = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    assert records[0]["iteration"] == 1
+    assert {
+        "total_loss",
+        "loss_cls",
+        "loss_box_reg",
+        "loss_mask",
+        "loss_rpn_cls",
+        "loss_rpn_loc",
+        "lr",
+    } <= set(records[0])
+    for task in ("bbox", "segm"):
+        assert 0 <= records[-1][f"{task}/AP"] <= 100
+    for name in ("model_final.pth", "curves.png", "predictions.png", "config.yaml", "log.txt"):
+        assert (output / name).stat().st_size > 0
+    # The same weights give the same AP when they are loaded again.
+    cfg, args = parsed(
+        tiny_run(nano_config, "MODEL.WEIGHTS", str(output / "model_final.pth"), options=("--eval-only",))
+    )
+    results = run(cfg, args)
+    for task in ("bbox", "segm"):
+        assert results[task]["AP"] == pytest.approx(records[-1][f"{task}/AP"], nan_ok=True)
+
+
+def test_training_and_evaluation_in_bfloat16_on_the_cpu(tiny_run, nano_config, monkeypatch):
+    cfg, _ = parsed(tiny_run(nano_config, "SOLVER.AMP.ENABLED", "True"))
+    trainer = Trainer(cfg)
+    types = []
+    predictor = trainer.model.roi_heads.box_predictor
+    predictor.cls_score.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    with EventStorage():
+        trainer.run_step()
+    Trainer.test(cfg, trainer.model)
+    assert set(types) == {torch.bfloat16}
+    assert len(types) == 1 + 4
+
+
+def test_evaluation_leaves_the_model_in_training_mode_and_able_to_train(tiny_run, nano_mvit):
+    cfg, _ = parsed(tiny_run(nano_mvit))
+    trainer = Trainer(cfg)
+    Trainer.test(cfg, trainer.model)
+    assert trainer.model.training
+    with EventStorage():
+        trainer.run_step()
+
+
+def test_resuming_restores_weights_optimizer_schedule_and_iteration(tiny_run, nano_mvit, tmp_path):
+    schedule = ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", "(1,)")
+    schedule += ("SOLVER.BASE_LR", "0.001", "DATASETS.TEST", "()")
+    cfg, args = parsed(tiny_run(nano_mvit, *schedule))
+    run(cfg, args)
+    saved = torch.load(tmp_path / "output/model_final.pth", weights_only=False)
+
+    cfg, _ = parsed(tiny_run(nano_mvit, *schedule, "SOLVER.MAX_ITER", "4", "MODEL.WEIGHTS", "ignored.pth"))
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 2
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, saved["model"][name]), name
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([0.0001, 0.0001])
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {2}
+    moments = [state["exp_avg_sq"] for state in trainer.optimizer.state.values()]
+    stored = saved["trainer"]["_trainer"]["optimizer"]["state"].values()
+    assert all(torch.equal(a, b["exp_avg_sq"]) for a, b in zip(moments, stored, strict=True))
+    trainer.train()
+    assert torch.load(tmp_path / "output/model_final.pth", weights_only=False)["iteration"] == 3
+
+
+def test_without_resume_a_run_starts_anew_in_the_same_folder(tiny_run, nano_mvit, tmp_path):
+    arguments = tiny_run(nano_mvit, "DATASETS.TEST", "()")
+    assert main(arguments) == 0
+    assert main(arguments) == 0
+    records = [json.loads(line) for line in (tmp_path / "output/metrics.json").read_text().splitlines()]
+    assert [record["iteration"] for record in records] == [1, 1]
+
+
+def test_the_same_seed_gives_the_same_losses(tiny_run, nano_mvit, tmp_path):
+    losses = []
+    for name in "ab":
+        assert (
+            main(tiny_run(nano_mvit, "DATASETS.TEST", "()", "OUTPUT_DIR", str(tmp_path / name), "SEED", "3"))
+            == 0
+        )
+        record = json.loads((tmp_path / name / "metrics.json").read_text().splitlines()[0])
+        losses.append(record["total_loss"])
+    assert losses[0] == losses[1]
