@@ -1,0 +1,1 @@
+"""Counting and measuring what training costs: memory, FLOPs, time."""

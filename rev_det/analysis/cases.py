@@ -1,0 +1,318 @@
+"""One case of a comparison: which model, trained how, on what; counted or measured into a row of figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..engine import load_config
+from .counting import GIB, MIB, StepCount, count_backbone
+from .detector import DetectorStep, count_detector
+from .measure import BackboneStep, Measurement, largest_batch, measure, memory_limit, unless_out_of_memory
+from .peers import CACHED, DETECTRON2, Model, Scheme, build, has_baselines, stages
+from .report import COUNTED, MEASURED, Figure, Row
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": None}
+# Tensors alive at the peak that a report lists.
+_LISTED = 12
+# What Detectron2's own models are called in a config.
+_BASELINES = {"rev_vit": "build_baseline_vit_fpn_backbone", "rev_mvit": "build_baseline_mvit_fpn_backbone"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and how.
+
+    Attributes:
+        title: of the model or config.
+        model: a backbone alone, of `peers.MODELS`; or None for the whole detector of ``cfg``.
+        cfg: with rev_det's keys.
+        scheme: of `peers`.
+        batch: images in a step.
+        size: (H, W) in pixels.
+        dtype: of `DTYPES`.
+        depth: blocks, instead of the model's own number.
+    """
+
+    title: str
+    model: Model | None
+    scheme: Scheme
+    batch: int
+    size: tuple[int, int]
+    dtype: str
+    depth: int | None = None
+    cfg: CfgNode | None = None
+
+    @property
+    def labels(self) -> dict[str, str | int]:
+        title = self.title
+        if self.scheme == DETECTRON2 and self.model is not None:
+            title = title.removeprefix("Rev-")
+        return {
+            "model": title,
+            "training": self.scheme.name,
+            "depth": self.depth or self._own_depth(),
+            "size": f"{self.size[0]}x{self.size[1]}",
+            "images": self.batch,
+            "type": self.dtype,
+        }
+
+    @property
+    def reference(self) -> Case:
+        """What the ratios of this case are to: the same under ordinary autograd."""
+        return replace(self, scheme=CACHED)
+
+    def _own_depth(self) -> int | str:
+        if self.model is not None:
+            return self.model.depth
+        family = reversible_family(self.cfg)
+        return self.cfg.MODEL[family.upper()].DEPTH if family else "-"
+
+
+def read_config(config_file: str, opts: Sequence[str], device: str = "cpu") -> CfgNode:
+    """A detector's config without its datasets, which need not be on this machine.
+
+    Args:
+        config_file: a YAML file, ours or any of Detectron2's.
+        opts: keys and values that override the file's, alternating.
+        device: for ``MODEL.DEVICE``.
+
+    Raises:
+        FileNotFoundError, ValueError: see `rev_det.engine.load_config`.
+    """
+    no_data = ("DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "DATASETS.COCO_JSON", "[]")
+    return load_config(config_file, [*opts, *no_data, "MODEL.DEVICE", device])
+
+
+def reversible_family(cfg: CfgNode) -> str | None:
+    """ "rev_vit" or "rev_mvit" if the config has such a backbone, or Detectron2's of its sizes."""
+    name = cfg.MODEL.BACKBONE.NAME
+    if "rev_mvit" in name or "baseline_mvit" in name:
+        return "rev_mvit"
+    return "rev_vit" if "rev_vit" in name or "baseline_vit" in name else None
+
+
+def configured(case: Case, device: str) -> CfgNode:
+    """The config of a detector for a case.
+
+    Raises:
+        ValueError: a scheme or a depth for a backbone that has neither.
+        ImportError: Detectron2's own model without timm.
+    """
+    cfg = case.cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = device
+    cfg.SOLVER.AMP.ENABLED = case.dtype != "fp32"
+    cfg.SOLVER.AMP.DTYPE = "auto"
+    family = reversible_family(cfg)
+    if family is None:
+        if case.depth is not None or case.scheme.arguments:
+            raise ValueError(
+                f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} is not reversible: "
+                "there is no --depth and no --activations to choose"
+            )
+        return cfg
+    if case.depth is not None:
+        cfg.MODEL[family.upper()].DEPTH = case.depth
+        if family == "rev_mvit":
+            cfg.MODEL.REV_MVIT.LAST_BLOCK_INDEXES = stages(case.depth)
+    if case.scheme == DETECTRON2:
+        cfg.MODEL.BACKBONE.NAME = _BASELINES[family]
+    for name, value in (case.scheme.arguments or {}).items():
+        cfg.MODEL.REV[name.upper()] = value
+    return cfg
+
+
+class Counting:
+    """Counts cases; nothing is run on a device."""
+
+    method = COUNTED
+
+    def step(self, case: Case) -> Row:
+        """Memory and FLOPs of a training step."""
+        count = self.count(case)
+        row = Row(case.labels)
+        row.figures = {
+            "peak memory": self._figure(count.peak / GIB, "GiB"),
+            "FLOPs": self._figure(count.flops / 1e12, "TFLOP"),
+        }
+        parts = count.by_kind() | {"weights": count.weights, "optimizer state": count.optimizer_state}
+        row.split = {name: self._figure(nbytes / GIB, "GiB") for name, nbytes in parts.items()}
+        row.at_peak = [
+            {
+                "bytes": a.nbytes,
+                "shape": list(a.shape),
+                "dtype": a.dtype,
+                "operation": a.operation or "before the step",
+                "module": a.module,
+                "for": a.kind,
+            }
+            for a in count.at_peak[:_LISTED]
+        ]
+        last = count.step
+        row.peak = f"reached in {last.operation} of {last.module or 'the model'}, {last.phase} pass"
+        return row
+
+    def per_image(self, case: Case, batches: tuple[int, int]) -> dict[str, Figure]:
+        """Memory that each further image takes, and the forward pass's FLOPs of one."""
+        low, high = (self.count(replace(case, batch=batch)) for batch in batches)
+        images = batches[1] - batches[0]
+        return {
+            "memory per image": self._figure((high.peak - low.peak) / images / MIB, "MiB"),
+            # As papers count: a multiplication and addition is one.
+            "forward FLOPs": self._figure(low.forward_flops / 2 / batches[0] / 1e9, "GMAC per image"),
+        }
+
+    def largest_batch(self, case: Case, limit: int) -> int:
+        """Images in a step whose whole memory, optimizer state included, is at most ``limit`` bytes."""
+        totals: dict[int, int] = {}
+
+        def total(batch: int) -> int:
+            if batch not in totals:
+                totals[batch] = self.count(replace(case, batch=batch)).total
+            return totals[batch]
+
+        slope = max(1, total(2) - total(1))
+        guess = 1 + (limit - total(1)) // slope
+        # The peak can move to another operation at large batches: once more from there.
+        if guess > 8:
+            slope = (total(guess) - total(guess // 2)) / (guess - guess // 2)
+            guess = guess + int((limit - total(guess)) // slope)
+        return largest_batch(lambda batch: total(batch) <= limit, guess)
+
+    def count(self, case: Case) -> StepCount:
+        if case.model is None:
+            return count_detector(configured(case, "cpu"), case.batch, case.size)
+        return count_backbone(
+            build(case.model, case.scheme, case.depth), case.batch, case.size, DTYPES[case.dtype]
+        )
+
+    def _figure(self, value: float, unit: str) -> Figure:
+        return Figure(value, unit, self.method)
+
+
+class Measuring:
+    """Runs cases on a device.
+
+    Args:
+        device: "cuda", "cuda:1" or "cpu".
+        warm_up, steps: see `measure`.
+        limit: bytes that the allocator may hand out; None for all the device has.
+        progress: called after every step.
+    """
+
+    method = MEASURED
+
+    def __init__(
+        self,
+        device: torch.device,
+        warm_up: int,
+        steps: int,
+        limit: int | None = None,
+        progress: Callable[[], None] = lambda: None,
+    ):
+        self.device, self.warm_up, self.steps = device, warm_up, steps
+        self.limit, self.progress = limit, progress
+
+    def step(self, case: Case) -> Row:
+        """Time and memory of a training step."""
+        row = Row(case.labels)
+        result = self.try_measure(case, self.steps)
+        if result is None:
+            row.note = "out of memory"
+            return row
+        row.figures = self._figures(result)
+        return row
+
+    def per_image(self, case: Case, batches: tuple[int, int]) -> dict[str, Figure]:
+        """Memory that each further image takes; nothing on the CPU, or if it does not fit."""
+        low, high = (self.try_measure(replace(case, batch=batch), 2) for batch in batches)
+        if low is None or high is None or high.peak is None:
+            return {}
+        return {
+            "memory per image": self._figure((high.peak - low.peak) / (batches[1] - batches[0]) / MIB, "MiB")
+        }
+
+    def largest_batch(self, case: Case, limit: int | None) -> int:
+        """Images in a step that fit, found by trying."""
+        return largest_batch(lambda batch: self.try_measure(replace(case, batch=batch), 1) is not None)
+
+    def try_measure(self, case: Case, steps: int) -> Measurement | None:
+        what = f"{case.title}, {case.scheme.name}, {case.batch} images of {case.size[0]}x{case.size[1]}"
+        with memory_limit(self.device, self.limit):
+            return unless_out_of_memory(lambda: self._measure(case, steps), what)
+
+    def _measure(self, case: Case, steps: int) -> Measurement:
+        if case.model is None:
+            step = DetectorStep(configured(case, str(self.device)), case.batch, case.size)
+            prepare, release = step.settle, step.optimizer.zero_grad
+        else:
+            model = build(case.model, case.scheme, case.depth, str(self.device))
+            step = BackboneStep(model, case.batch, case.size, DTYPES[case.dtype])
+            prepare, release = step.release, step.release
+        return measure(
+            step.run, release, case.batch, self.device, self.warm_up, steps, prepare, self.progress
+        )
+
+    def _figures(self, result: Measurement) -> dict[str, Figure]:
+        figures = {
+            "time": self._figure(result.median, "s, median"),
+            "lower quartile": self._figure(result.low, "s"),
+            "upper quartile": self._figure(result.high, "s"),
+            "mean": self._figure(result.mean, "s"),
+            "warm-up": self._figure(result.warm_up, "s"),
+            "throughput": self._figure(result.images_per_second, "images/s"),
+        }
+        if result.peak is not None:
+            figures["peak memory"] = self._figure(result.peak / GIB, "GiB")
+            figures["allocated"] = self._figure(result.allocated / GIB, "GiB, max_memory_allocated")
+        return figures
+
+    def _figure(self, value: float, unit: str) -> Figure:
+        return Figure(value, unit, self.method)
+
+
+def run_cases(
+    cases: Sequence[Case], runner: Counting | Measuring, done: Callable[[], Any] = lambda: None
+) -> list[Row]:
+    """A row of figures for each case, with ratios to the case under ordinary autograd if that is among them.
+
+    Args:
+        cases: without those of Detectron2's own models where they cannot be built.
+        done: called after every case.
+    """
+    rows = []
+    for case in cases:
+        rows.append(runner.step(case))
+        done()
+    by_case = {_key(case): row for case, row in zip(cases, rows, strict=True)}
+    for case, row in zip(cases, rows, strict=True):
+        reference = by_case.get(_key(case.reference))
+        if reference is None or reference is row:
+            continue
+        for name in ("peak memory", "FLOPs", "time"):
+            if name in row.figures and name in reference.figures:
+                ratio = row.figures[name].value / reference.figures[name].value
+                row.figures[f"{name}, relative"] = Figure(ratio, "x cached", runner.method)
+    return rows
+
+
+def without_baselines(cases: Sequence[Case]) -> tuple[list[Case], str]:
+    """The cases that can be built here, and a line about those that cannot."""
+    if has_baselines() or not any(case.scheme == DETECTRON2 for case in cases):
+        return list(cases), ""
+    left = [case for case in cases if case.scheme != DETECTRON2]
+    return (
+        left,
+        "Detectron2's own ViT and MViT are left out: they need timm (pip install 'rev_det[baselines]')",
+    )
+
+
+def _key(case: Case) -> tuple:
+    return case.title, case.scheme.name, case.batch, case.size, case.dtype, case.depth

@@ -1,0 +1,326 @@
+"""Peak memory and FLOPs of a training step, counted exactly on any machine.
+
+A `Counter` watches every operation: it adds the bytes of each new storage, takes them off when the storage
+dies, and sums FLOPs. On fake tensors (shapes without values) this costs neither the memory nor the time of
+the step, so `count_backbone` counts any size on any computer. (torch's own ``FlopCounterMode`` and
+``MemTracker`` follow modules through the backward pass with hooks that fail inside nested autograd graphs.)
+
+What the count cannot see is what a kernel allocates inside itself: workspaces of cuBLAS and cuDNN, the
+float32 sums of a fused attention's backward pass on CUDA, and the rounding of the allocator.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+GIB = 2**30
+MIB = 2**20
+# What an allocation is; weights, inputs and optimizer state exist before the step and are not in its peak.
+WEIGHTS, OPTIMIZER, INPUTS = "weights", "optimizer state", "inputs"
+GRADIENTS, OUTPUTS, KEPT, WORKING = "gradients", "outputs", "kept for backward", "working memory"
+_BEFORE = (WEIGHTS, OPTIMIZER, INPUTS)
+# Where the module of an operation is noted on its node of the autograd graph.
+_MODULE = "rev_det.module"
+
+
+def _cpu_attention(q, k, v, *args, out_val=None, **kwargs) -> int:
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def _cpu_attention_backward(dy, q, k, v, *args, out_val=None, **kwargs) -> int:
+    return sdpa_backward_flop_count(dy.shape, q.shape, k.shape, v.shape)
+
+
+# Older versions of torch know the CUDA kernels only.
+_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+    **flop_registry,
+}
+
+
+@dataclass(slots=True)
+class Allocation:
+    """One storage.
+
+    Attributes:
+        nbytes: its size.
+        operation, shape, dtype: of the tensor it was made for.
+        module: name of the module whose forward or backward pass made it; "" for the model itself.
+        phase: "forward", "backward" or "update".
+        kind: what it is for, one of the names above.
+        born, died: number of the operation that made it, and of the last one before it died (None: alive).
+    """
+
+    nbytes: int
+    operation: str
+    shape: tuple[int, ...]
+    dtype: str
+    module: str
+    phase: str
+    kind: str
+    born: int
+    died: int | None = None
+
+    def alive(self, time: int) -> bool:
+        return self.born <= time and (self.died is None or self.died >= time)
+
+
+@dataclass(frozen=True)
+class StepCount:
+    """What one training step needs.
+
+    Attributes:
+        peak: most bytes alive at once, without weights, inputs and optimizer state, with gradients.
+        flops: of the whole step, 2 for a multiplication and addition (matrix products, convolutions and
+            attention, as ``torch.utils.flop_counter`` counts).
+        forward_flops: of the forward pass alone.
+        weights, optimizer_state, inputs: bytes that exist besides the peak.
+        at_peak: the allocations alive at the peak, largest first.
+        kept: bytes alive between forward and backward pass, outputs included.
+        step: the allocation that made the peak.
+    """
+
+    peak: int
+    flops: int
+    forward_flops: int
+    weights: int
+    optimizer_state: int
+    inputs: int
+    kept: int
+    at_peak: tuple[Allocation, ...]
+    step: Allocation
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak with everything that exists besides."""
+        return self.peak + self.weights + self.optimizer_state + self.inputs
+
+    def by_kind(self) -> dict[str, int]:
+        """Bytes of the peak by what they are for."""
+        sums = dict.fromkeys((GRADIENTS, OUTPUTS, KEPT, WORKING), 0)
+        for allocation in self.at_peak:
+            sums[allocation.kind] += allocation.nbytes
+        return sums
+
+    def by_module(self, depth: int = 1) -> dict[str, int]:
+        """Bytes of the peak, without gradients, by the first ``depth`` parts of module names."""
+        sums: dict[str, int] = {}
+        for allocation in self.at_peak:
+            if allocation.kind != GRADIENTS:
+                name = ".".join(allocation.module.split(".")[:depth]) or "(model)"
+                sums[name] = sums.get(name, 0) + allocation.nbytes
+        return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+class Counter(TorchDispatchMode):
+    """Counts bytes and FLOPs of everything that runs inside it, on one thread.
+
+    Works on real CPU tensors and on fake ones, with nested autograd graphs and recomputed modules.
+
+    Args:
+        model: the module whose parameters, buffers and submodules are told apart.
+        optimizer: whose state exists before the step.
+        inputs: tensors that exist before the step, besides.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        inputs: Iterable[Tensor] = (),
+    ):
+        super().__init__()
+        self.model = model
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.time = self.current = self.peak = self.peak_time = self.kept = 0
+        self.flops = self.forward_flops = 0
+        self.allocations: list[Allocation] = []
+        self.live: dict[int, Allocation] = {}
+        self._stack: list[str] = []
+        self._backward_seen = False
+        for p in model.parameters():
+            self._existing(p, WEIGHTS)
+            if p.grad is not None:
+                self._existing(p.grad, GRADIENTS)
+        for buffer in model.buffers():
+            self._existing(buffer, WEIGHTS)
+        for tensor in _optimizer_tensors(optimizer):
+            self._existing(tensor, OPTIMIZER)
+        for tensor in inputs:
+            self._existing(tensor, INPUTS)
+
+    def __enter__(self) -> Counter:
+        self._hooks = [
+            register_module_forward_pre_hook(self._enter_module),
+            # Also called when the module raises: torch's checkpointing stops a recomputation that way.
+            register_module_forward_hook(self._leave_module, with_kwargs=True, always_call=True),
+        ]
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and not self._backward_seen:
+            self._backward_seen, self.kept = True, self.current
+        self.time += 1
+        out = func(*args, **kwargs)
+        formula = _FLOPS.get(func._overloadpacket)
+        if formula is not None:
+            flops = formula(*args, **kwargs, out_val=out)
+            self.flops += flops
+            self.forward_flops += 0 if self._backward_seen else flops
+        for x in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.live:
+                phase = "backward" if in_backward else "update" if self._backward_seen else "forward"
+                self._add(x, KEPT if phase == "forward" else WORKING, str(func), phase)
+        return out
+
+    def outputs(self, tensors: Iterable[Tensor]) -> None:
+        """Mark the results of the forward pass."""
+        for x in tensors:
+            self._mark(x, OUTPUTS)
+
+    def result(self) -> StepCount:
+        """What was counted; call it at the end of the step, before gradients are set to None."""
+        for p in self.model.parameters():
+            if p.grad is not None:
+                self._mark(p.grad, GRADIENTS)
+        at_peak = [a for a in self.allocations if a.kind not in _BEFORE and a.alive(self.peak_time)]
+        before = {
+            kind: sum(a.nbytes for a in self.allocations if a.kind == kind and a.born == 0)
+            for kind in _BEFORE
+        }
+        return StepCount(
+            peak=self.peak,
+            flops=self.flops,
+            forward_flops=self.forward_flops,
+            weights=before[WEIGHTS],
+            optimizer_state=before[OPTIMIZER],
+            inputs=before[INPUTS],
+            kept=self.kept,
+            at_peak=tuple(sorted(at_peak, key=lambda a: -a.nbytes)),
+            step=max(at_peak, key=lambda a: a.born),
+        )
+
+    def _existing(self, x: Tensor, kind: str) -> None:
+        if x.untyped_storage()._cdata not in self.live:
+            self._add(x, kind, "", "forward")
+
+    def _add(self, x: Tensor, kind: str, operation: str, phase: str) -> None:
+        storage = x.untyped_storage()
+        key = storage._cdata
+        allocation = Allocation(
+            storage.nbytes(),
+            operation,
+            tuple(x.shape),
+            str(x.dtype).removeprefix("torch."),
+            self._module(),
+            phase,
+            kind,
+            self.time,
+        )
+        self.allocations.append(allocation)
+        self.live[key] = allocation
+        weakref.finalize(storage, self._freed, key).atexit = False
+        if kind not in _BEFORE:
+            self.current += allocation.nbytes
+            if self.current > self.peak:
+                self.peak, self.peak_time = self.current, self.time
+
+    def _freed(self, key: int) -> None:
+        allocation = self.live.pop(key)
+        allocation.died = self.time
+        if allocation.kind not in _BEFORE:
+            self.current -= allocation.nbytes
+
+    def _mark(self, x: Tensor, kind: str) -> None:
+        self.live[x.untyped_storage()._cdata].kind = kind
+
+    def _module(self) -> str:
+        if self._stack:
+            return self._stack[-1]
+        node = torch._C._current_autograd_node()
+        return "" if node is None else node.metadata.get(_MODULE, "")
+
+    def _enter_module(self, module: nn.Module, args) -> None:
+        self._stack.append(self.names.get(id(module), self._stack[-1] if self._stack else ""))
+
+    def _leave_module(self, module: nn.Module, *args_and_result) -> None:
+        """Note the module's name on the autograd nodes it made; its submodules have named theirs."""
+        *args, result = args_and_result
+        name = self._stack.pop()
+        before = {x.grad_fn for x in _tensors(args)}
+        nodes = [x.grad_fn for x in _tensors(result)]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in before or _MODULE in node.metadata:
+                continue
+            node.metadata[_MODULE] = name
+            nodes.extend(following for following, _ in node.next_functions)
+
+
+def count_backbone(
+    model: nn.Module,
+    batch: int,
+    size: tuple[int, int],
+    dtype: torch.dtype | None = torch.bfloat16,
+) -> StepCount:
+    """Count a training step of a backbone alone; the loss is the sum of the means of its feature maps.
+
+    Args:
+        model: maps images (B, 3, H, W) to a dictionary of feature maps. Its weights are replaced with fake
+            tensors, so it is of no further use; it may have been built on the "meta" device.
+        batch: B.
+        size: (H, W) in pixels.
+        dtype: what autocast computes in; None for float32 without autocast.
+
+    Returns:
+        the count; ``optimizer_state`` is AdamW's.
+    """
+    with FakeTensorMode():
+        _replace_with_fakes(model)
+        images = torch.empty(batch, 3, *size)
+        with Counter(model, inputs=[images]) as counter:
+            with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+                outputs = model(images)
+                counter.outputs(outputs.values())
+                loss = sum(y.mean() for y in outputs.values())
+            loss.backward()
+        count = counter.result()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        optimizer.step()
+        return replace(count, optimizer_state=sum(x.nbytes for x in _optimizer_tensors(optimizer)))
+
+
+def _replace_with_fakes(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+    return [] if optimizer is None else _tensors(list(optimizer.state.values()))
+
+
+def _tensors(tree) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]

@@ -1,0 +1,254 @@
+"""Rows of figures, each with its unit and method, as a table on the terminal, JSON or CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__
+
+COUNTED, MEASURED, PUBLISHED = "counted", "measured", "published"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number with what it takes to read it.
+
+    Attributes:
+        value: the number.
+        unit: "GiB", "TFLOP", "s", "x cached", ...
+        method: "counted" (exact, without running the step on a device), "measured" (on a device), or
+            "published" (the paper's).
+    """
+
+    value: float
+    unit: str
+    method: str
+
+
+@dataclass
+class Row:
+    """One case.
+
+    Attributes:
+        labels: what was run.
+        figures: the results, by name.
+        split: parts of a result, shown in a table of their own.
+        at_peak: what is alive at the peak of memory, largest first.
+        peak: where the peak is reached.
+        note: why there are no figures.
+    """
+
+    labels: dict[str, str | int]
+    figures: dict[str, Figure] = field(default_factory=dict)
+    split: dict[str, Figure] = field(default_factory=dict)
+    at_peak: list[dict[str, Any]] = field(default_factory=list)
+    peak: str = ""
+    note: str = ""
+
+
+@dataclass
+class Report:
+    """A set of rows, and what is needed to make them again.
+
+    Attributes:
+        title: of the table.
+        command: that made it.
+        rows: the cases.
+        machine: from `describe_machine`.
+        definitions: what the figures mean.
+    """
+
+    title: str
+    command: str
+    rows: list[Row]
+    machine: dict[str, Any]
+    definitions: list[str]
+
+    def print(self, console: Console) -> None:
+        """Show the tables on a terminal."""
+        print_rows(console, self.title, self.rows)
+        for line in self.definitions:
+            console.print(line, style="dim", highlight=False)
+
+    def print_peaks(self, console: Console, count: int) -> None:
+        """Show the ``count`` largest tensors alive at the peak of every row."""
+        for row in self.rows:
+            if not (count and row.at_peak):
+                continue
+            title = f"alive at the peak: {_name(row)}"
+            table = Table(title=title, title_justify="left", caption=row.peak, caption_justify="left")
+            for header in ("MiB", "shape", "dtype", "operation", "module", "for"):
+                table.add_column(header, justify="right" if header == "MiB" else "left", overflow="fold")
+            for entry in row.at_peak[:count]:
+                table.add_row(
+                    f"{entry['bytes'] / 2**20:.1f}",
+                    " x ".join(map(str, entry["shape"])),
+                    entry["dtype"],
+                    entry["operation"],
+                    entry["module"],
+                    entry["for"],
+                )
+            console.print(table)
+
+    def save_json(self, path: str) -> None:
+        save_json(path, asdict(self))
+
+    def save_csv(self, path: str) -> None:
+        """One line for each figure: the labels, then name, value, unit and method."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row.labels))
+
+        def write(part: str) -> None:
+            with open(part, "w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow([*names, "figure", "value", "unit", "method"])
+                for row in self.rows:
+                    labels = [row.labels.get(name, "") for name in names]
+                    for name, figure in (row.figures | row.split).items():
+                        writer.writerow([*labels, name, figure.value, figure.unit, figure.method])
+
+        write_whole(path, write)
+
+
+def describe_machine(device: torch.device | None) -> dict[str, Any]:
+    """The class of machine and the versions that figures come from; nothing that names this one.
+
+    Args:
+        device: where the steps ran; None if they were counted.
+    """
+    machine: dict[str, Any] = {"cpu": _cpu_model(), "cpu cores": os.cpu_count()}
+    if device is not None and device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine |= {"gpu": properties.name, "gpu memory (bytes)": properties.total_memory}
+    machine |= {
+        "rev_det": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device is not None and device.type == "cuda" else None,
+    }
+    for name in ("torchvision", "fvcore", "timm"):
+        try:
+            machine[name] = version(name)
+        except PackageNotFoundError:
+            machine[name] = None
+    return machine
+
+
+def print_rows(console: Console, title: str, rows: Sequence[Row]) -> None:
+    """Show rows as one table, and their splits as another."""
+    console.print(_table(title, rows, lambda row: row.figures))
+    if any(row.split for row in rows):
+        console.print(_table("memory at the peak, and besides", rows, lambda row: row.split))
+    for row in rows:
+        if row.note:
+            console.print(f"{_name(row)}: {row.note}", highlight=False)
+
+
+def save_json(path: str, content: Any) -> None:
+    """Write JSON with one figure a line, short to read and to compare."""
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    for innermost in (r"\[[^\[\]{}]*\]", r"\{[^{}]*\}"):
+        text = re.sub(innermost, _on_one_line, text)
+    write_whole(path, lambda part: Path(part).write_text(text + "\n", encoding="utf-8"))
+
+
+def check_folder(path: str | None) -> None:
+    """Find before the work what would stop `write_whole` after it.
+
+    Raises:
+        FileNotFoundError: the folder of the path does not exist.
+    """
+    folder = os.path.dirname(path or "") or "."
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{path} cannot be written: the folder {folder} does not exist")
+
+
+def write_whole(path: str, write: Callable[[str], Any]) -> None:
+    """Write a file beside its place and move it there when it is complete.
+
+    Args:
+        write: writes the file whose name it is given.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    check_folder(path)
+    # The suffix stays the last part of the name: it decides the format of pictures.
+    part = os.path.join(os.path.dirname(path), f".part-{os.path.basename(path)}")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def format_value(figure: Figure) -> str:
+    """Three or four digits that count."""
+    value = figure.value
+    if value == 0 or float(value).is_integer() and abs(value) < 1e6:
+        return f"{value:.0f}"
+    digits = 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 3
+    return f"{value:.{digits}f}"
+
+
+def _table(title: str, rows: Sequence[Row], part: Callable[[Row], dict[str, Figure]]) -> Table:
+    """Labels to the left, figures to the right; what is the same everywhere goes into the title."""
+    labels = list(dict.fromkeys(name for row in rows for name in row.labels))
+    names = list(dict.fromkeys(name for row in rows for name in part(row)))
+    kinds = {name: _kinds(part(row)[name] for row in rows if name in part(row)) for name in names}
+    same = [name for name in labels if len({row.labels.get(name) for row in rows}) == 1]
+    common = [_label(name, rows[0].labels.get(name, "")) for name in same if len(rows) > 1]
+    if len(set(kinds.values())) == 1:
+        common += kinds.values()
+    table = Table(
+        title=": ".join(filter(None, (title, ", ".join(dict.fromkeys(common))))), title_justify="left"
+    )
+    shown = [name for name in labels if name not in same or len(rows) == 1]
+    for name in shown:
+        table.add_column(name, overflow="fold")
+    for name in names:
+        header = name if len(set(kinds.values())) == 1 else f"{name}\n({kinds[name]})"
+        table.add_column(header, justify="right")
+    for row in rows:
+        values = [format_value(part(row)[name]) if name in part(row) else "-" for name in names]
+        table.add_row(*(str(row.labels.get(name, "")) for name in shown), *values)
+    return table
+
+
+def _kinds(figures: Iterable[Figure]) -> str:
+    return ", ".join(dict.fromkeys(f"{figure.unit}, {figure.method}" for figure in figures))
+
+
+def _label(name: str, value: str | int) -> str:
+    return value if isinstance(value, str) else f"{name} {value}"
+
+
+def _name(row: Row) -> str:
+    return ", ".join(_label(name, value) for name, value in row.labels.items())
+
+
+def _on_one_line(match: re.Match) -> str:
+    opening, *inside, closing = match[0]
+    return opening + re.sub(r"\s*\n\s*", " ", "".join(inside)).strip() + closing
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()

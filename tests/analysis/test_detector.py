@@ -1,0 +1,93 @@
+"""Whole training steps on made-up images: what they train on, and that they are counted as they are."""
+
+import pytest
+import torch
+
+from rev_det.analysis.counting import Counter
+from rev_det.analysis.detector import DetectorStep, count_detector
+from rev_det.analysis.measure import measure
+
+
+@pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
+def test_a_made_up_batch_trains_every_head_with_its_full_share_of_foreground(config, mask_format):
+    torch.manual_seed(0)
+    heads = ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 32, "MODEL.ROI_HEADS.POSITIVE_FRACTION", 0.25)
+    step = DetectorStep(config("INPUT.MASK_FORMAT", mask_format, *heads), 2, (128, 128))
+    step.settle()
+    before = [p.detach().clone() for p in step.model.parameters()]
+    step.run()
+    # Each foreground RoI is one of the mask head.
+    assert step.rois() == {"box": 32, "mask": 8}
+    losses = {name for name in step.storage.latest() if name.startswith("loss")}
+    assert losses == {"loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc"}
+    moved = [not torch.equal(p, b) for p, b in zip(step.model.parameters(), before, strict=True)]
+    # The bias of keys has no effect on attention, so none on the losses.
+    assert sum(moved) > 0.9 * len(moved)
+
+
+def test_counting_a_detector_is_counting_its_real_step(config):
+    counted = count_detector(config(), 2, (128, 128))
+    step = DetectorStep(config(), 2, (128, 128))
+    step.settle()
+    images = [image["image"] for image in step.batch]
+    with Counter(step.model, step.optimizer, images) as counter:
+        step.run()
+    real = counter.result()
+    assert counted.weights == real.weights
+    assert counted.optimizer_state == real.optimizer_state
+    # Another network predicts other boxes: some more or fewer survive suppression.
+    assert counted.peak == pytest.approx(real.peak, rel=0.05)
+    assert counted.flops == pytest.approx(real.flops, rel=0.02)
+
+
+def test_reversible_detectors_need_less_than_cached_ones(config):
+    opts = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bf16")
+    peaks = {
+        mode: count_detector(config("MODEL.REV.ACTIVATIONS", mode, *opts), 2, (256, 256)).peak
+        for mode in ("cached", "reversible")
+    }
+    assert peaks["reversible"] < 0.8 * peaks["cached"]
+
+
+def test_a_single_stage_detector_is_counted_too(config):
+    cfg = config(
+        *("MODEL.META_ARCHITECTURE", "RetinaNet"),
+        *("MODEL.BACKBONE.NAME", "build_retinanet_rev_mvit_fpn_backbone"),
+        *("MODEL.FPN.IN_FEATURES", ["scale3", "scale4", "scale5"]),
+        *("MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [128], [256]]),
+        *("MODEL.RETINANET.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"], "MODEL.MASK_ON", False),
+    )
+    count = count_detector(cfg, 1, (128, 128))
+    assert count.by_module()["head"] > 0
+    assert count.flops > 2 * count.forward_flops
+
+
+def test_other_annotations_are_refused(config):
+    with pytest.raises(ValueError, match="MODEL.KEYPOINT_ON True"):
+        DetectorStep(config("MODEL.KEYPOINT_ON", True), 1, (64, 64))
+
+
+def test_a_step_is_measured_on_the_cpu(config):
+    step = DetectorStep(config(), 1, (64, 64))
+    result = measure(step.run, step.optimizer.zero_grad, 1, torch.device("cpu"), 1, 2, step.settle)
+    assert result.steps == 2 and result.images_per_second > 0
+    assert step.storage.iter == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["cached", "checkpoint", "reversible"])
+def test_memory_grows_in_a_straight_line_with_the_images(config, mode):
+    cfg = config("MODEL.REV.ACTIVATIONS", mode, file="rev_mvit_b")
+    one, two, four = (count_detector(cfg, batch, (800, 1344)).peak for batch in (1, 2, 4))
+    assert (four - two) / 2 == pytest.approx(two - one, rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["cached", "reversible"])
+def test_the_counted_detector_is_what_a_gpu_allocates(config, mode):
+    opts = ("MODEL.REV.ACTIVATIONS", mode, "SOLVER.AMP.DTYPE", "bf16")
+    counted = count_detector(config(*opts, file="rev_mvit_b"), 2, (800, 1344))
+    step = DetectorStep(config(*opts, "MODEL.DEVICE", "cuda", file="rev_mvit_b"), 2, (800, 1344))
+    measured = measure(step.run, lambda: None, 2, torch.device("cuda"), 2, 2, step.settle)
+    assert step.rois()["mask"] == 128
+    assert measured.allocated == pytest.approx(counted.total, rel=0.1)
