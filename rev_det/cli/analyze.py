@@ -1,0 +1,177 @@
+"""What a detector costs: parameters and FLOPs of its modules, and how many images a GPU trains on.
+
+Everything is counted on this computer, without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+    from rich.console import Console
+
+    from ..analysis.cases import Case
+    from ..analysis.flops import ModuleCost
+    from ..analysis.inversion import InversionError
+
+SUMMARY = "parameters, FLOPs, and images per GPU of a detector"
+
+_EPILOG = """
+examples:
+  rev-det analyze configs/COCO-Detection/mask_rcnn_rev_mvit_b_fpn_3x.yaml --size 800x1280
+  rev-det analyze CONFIG --no-flops --opts MODEL.REV.KEEP_ATTENTION False
+  how exactly the blocks' inputs are rebuilt, with trained weights:
+  rev-det analyze CONFIG --no-flops --no-fits --inversion --opts MODEL.WEIGHTS model_final.pth
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    parser.add_argument("config_file", metavar="CONFIG", help="a YAML file, ours or any of Detectron2's")
+    parser.add_argument(
+        "--size",
+        metavar="HxW",
+        help="of images in pixels (default: what INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST give)",
+    )
+    parser.add_argument("--no-flops", action="store_true", help="leave out parameters and FLOPs")
+    parser.add_argument("--no-fits", action="store_true", help="leave out the images that fit on GPUs")
+    parser.add_argument(
+        "--inversion", action="store_true", help="error of rebuilding each reversible block's inputs"
+    )
+    parser.add_argument(
+        "--depth", type=int, default=3, metavar="N", help="levels of modules to list (default: 3)"
+    )
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument(
+        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys that override the file's"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Analyze, show, and save.
+
+    Raises:
+        ValueError, FileNotFoundError: arguments or a config that cannot be analyzed.
+    """
+    from rich.console import Console
+
+    from ..analysis.cases import read_config
+    from ..analysis.report import check_folder, describe_machine, save_json
+    from .bench import parse_size
+
+    check_folder(args.json)
+    cfg = read_config(args.config_file, args.opts)
+    size = parse_size(args.size) if args.size else _test_size(cfg)
+    console = Console(width=None if Console().is_terminal else 200)
+    result: dict[str, Any] = {"config": args.config_file, "options": args.opts, "size": list(size)}
+    if not args.no_flops:
+        result["modules"] = _flops(cfg, size, args.depth, console)
+    if not args.no_fits:
+        result["fits"] = _fits(cfg, args.config_file, size, console)
+    if args.inversion:
+        result["inversion"] = _inversion(cfg, size, console)
+    if args.json:
+        save_json(args.json, result | {"machine": describe_machine(None)})
+    return 0
+
+
+def _test_size(cfg: CfgNode) -> tuple[int, int]:
+    """The largest padded size that images are tested at."""
+    longer = cfg.INPUT.MAX_SIZE_TEST
+    return cfg.INPUT.MIN_SIZE_TEST or longer, -(-longer // 32) * 32
+
+
+def _flops(cfg: CfgNode, size: tuple[int, int], depth: int, console: Console) -> list[dict[str, Any]]:
+    from rich.table import Table
+
+    from ..analysis.flops import DEFINITION, analyze_detector
+
+    with console.status("tracing the detector"):
+        costs = analyze_detector(cfg, size, depth)
+    table = Table(title=f"one image of {size[0]}x{size[1]}, inference", title_justify="left")
+    table.add_column("module", overflow="fold")
+    table.add_column("class")
+    table.add_column("parameters\n(M)", justify="right")
+    table.add_column("FLOPs\n(G, counted)", justify="right")
+    for cost in costs:
+        flops = f"{cost.flops / 1e9:.2f}" if cost.flops else "-"
+        table.add_row(_indented(cost), cost.kind, f"{cost.parameters / 1e6:.3f}", flops)
+    console.print(table)
+    console.print(DEFINITION, style="dim", highlight=False)
+    return [
+        {
+            "module": cost.name,
+            "class": cost.kind,
+            "parameters": {"value": cost.parameters, "unit": "parameters", "method": "counted"},
+            "flops": {"value": cost.flops, "unit": "multiply-adds", "method": "counted"},
+        }
+        for cost in costs
+    ]
+
+
+def _indented(cost: ModuleCost) -> str:
+    parts = cost.name.split(".")
+    return "  " * len(parts) + parts[-1] if cost.name else "(whole model)"
+
+
+def _fits(cfg: CfgNode, config_file: str, size: tuple[int, int], console: Console) -> list[dict[str, Any]]:
+    from dataclasses import asdict
+
+    from ..analysis.fits import DEFINITION, images_that_fit
+    from ..analysis.report import print_rows
+    from .bench import progress_bar
+
+    cases = _cases(cfg, config_file, size)
+    with progress_bar(console, 2 * len(cases)) as (done, _):
+        rows = images_that_fit(cases, done)
+    print_rows(console, "what fits, images in a training step", rows)
+    console.print(DEFINITION, style="dim", highlight=False)
+    return [asdict(row) for row in rows]
+
+
+def _cases(cfg: CfgNode, config_file: str, size: tuple[int, int]) -> list[Case]:
+    from pathlib import Path
+
+    from ..analysis.cases import Case, reversible_family
+    from ..analysis.peers import AS_CONFIGURED, schemes
+
+    chosen = [AS_CONFIGURED]
+    if reversible_family(cfg) is not None:
+        chosen = schemes(("cached", "checkpoint", "reversible"), cfg.MODEL.REV.KEEP_ATTENTION, peers=False)
+    dtype = "bf16" if cfg.SOLVER.AMP.ENABLED else "fp32"
+    return [Case(Path(config_file).stem, None, scheme, 1, size, dtype, cfg=cfg) for scheme in chosen]
+
+
+def _inversion(cfg: CfgNode, size: tuple[int, int], console: Console) -> list[dict[str, Any]]:
+    import torch
+    from rich.table import Table
+
+    from ..analysis.inversion import DEFINITION, inversion_errors, reversible_backbone
+
+    backbone = reversible_backbone(cfg)
+    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    errors: dict[str, list[InversionError]] = {}
+    for name, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
+        with console.status(f"running the blocks forward and backward in {name}"):
+            errors[name] = inversion_errors(backbone, images, dtype)
+    table = Table(title=f"inversion, one random image of {size[0]}x{size[1]}", title_justify="left")
+    for header in ("stage", "block", *(f"{name}\n(relative, measured)" for name in errors)):
+        table.add_column(header, justify="right" if "measured" in header else "left")
+    for pair in zip(*errors.values(), strict=True):
+        table.add_row(str(pair[0].stage), pair[0].block, *(f"{e.error:.1e}" for e in pair))
+    console.print(table)
+    console.print(DEFINITION, style="dim", highlight=False)
+    return [
+        {
+            "block": pair[0].block,
+            "stage": pair[0].stage,
+            **{
+                name: {"value": found.error, "unit": "relative", "method": "measured"}
+                for name, found in zip(errors, pair, strict=True)
+            },
+        }
+        for pair in zip(*errors.values(), strict=True)
+    ]

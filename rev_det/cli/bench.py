@@ -1,0 +1,302 @@
+"""Memory, FLOPs and time of a training step, ours beside its peers.
+
+Without --device the figures are counted: exactly, for any size, without a GPU. With it they are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from ..analysis.cases import Case, Counting, Measuring
+
+SUMMARY = "memory, FLOPs and time of a training step, ours beside its peers"
+
+_MODELS = ("rev_mvit_b", "rev_vit_s", "rev_vit_b", "rev_vit_l")
+_PRESETS = ("detection", "depth", "table1", "figure1", "figure3b", "figure3c")
+_EPILOG = """
+examples:
+  what one switch gains, counted:
+    rev-det bench --model rev_mvit_b --size 800x1344 --batch 2 --peers
+  a whole detector, on the GPU:
+    rev-det bench --config-file configs/COCO-Detection/mask_rcnn_rev_mvit_b_fpn_3x.yaml --device cuda
+  the largest batch on a card of 16 GB:
+    rev-det bench --model rev_vit_b --size 224x224 --dtype fp32 --max-batch --memory-limit 16GB
+  memory against depth, as a picture:
+    rev-det bench --preset depth --plot depth.png
+"""
+_DEFINITIONS = {
+    "counted": (
+        "Counted: peak memory has gradients and outputs in it, but not weights, inputs and optimizer state "
+        "(AdamW's), which exist besides. FLOPs: 2 for a multiplication and addition."
+    ),
+    "measured": (
+        "Measured: median, quartiles and mean over the timed steps. Peak memory is above what existed before "
+        "the step (weights, inputs, optimizer state); allocated is torch.cuda.max_memory_allocated."
+    ),
+}
+# In the order in which a command line is written down.
+_CASE_OPTIONS = ("activations", "keep_attention", "peers", "depth", "size", "batch", "dtype", "max_batch")
+_OPTIONS = (
+    *("model", "config_file", "preset", *_CASE_OPTIONS, "memory_limit"),
+    *("count", "device", "warm_up", "steps", "json", "csv", "plot", "opts"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    what = parser.add_argument_group("what to train").add_mutually_exclusive_group()
+    what.add_argument("--model", choices=_MODELS, help="a backbone alone (default: rev_mvit_b)")
+    what.add_argument("--config-file", metavar="FILE", help="a whole detector, optimizer and all")
+    what.add_argument(
+        "--preset", choices=_PRESETS, help="a set of cases: the paper's table and figures, and ours"
+    )
+    parser.add_argument(
+        "--opts",
+        nargs="+",
+        default=[],
+        metavar="KEY VALUE",
+        help="config keys that override the config file's",
+    )
+    cases = parser.add_argument_group("cases; every combination is run")
+    cases.add_argument("--activations", nargs="+", metavar="MODE", help="cached, checkpoint, reversible")
+    cases.add_argument(
+        "--keep-attention",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep the results of fused attention when recomputing (default: yes)",
+    )
+    cases.add_argument(
+        "--peers",
+        action="store_true",
+        help="besides: cached, checkpoint with and without kept attention, Detectron2's own model",
+    )
+    cases.add_argument("--depth", nargs="+", type=int, metavar="N", help="blocks")
+    cases.add_argument("--batch", nargs="+", type=int, metavar="N", help="images in a step (default: 2)")
+    cases.add_argument("--size", nargs="+", metavar="HxW", help="in pixels (default: 800x1344)")
+    cases.add_argument("--dtype", choices=("bf16", "fp32"), help="of autocast (default: bf16)")
+    cases.add_argument(
+        "--max-batch", action="store_true", help="find the largest batch that fits instead of --batch"
+    )
+    cases.add_argument("--memory-limit", metavar="16GB", help="memory there is to be; enforced on a device")
+    how = parser.add_argument_group("how")
+    method = how.add_mutually_exclusive_group()
+    method.add_argument("--count", action="store_true", help="count, as without --device")
+    method.add_argument("--device", help="cuda, cuda:1 or cpu: measure there")
+    how.add_argument(
+        "--warm-up", type=int, metavar="N", help="steps before the timed ones (5; detectors: 100)"
+    )
+    how.add_argument("--steps", type=int, metavar="N", help="timed steps (20; detectors: 400)")
+    out = parser.add_argument_group("output, besides the table")
+    out.add_argument("--at-peak", type=int, metavar="N", help="list the N largest tensors alive at each peak")
+    out.add_argument("--json", metavar="FILE")
+    out.add_argument("--csv", metavar="FILE")
+    out.add_argument("--plot", metavar="FILE", help="a picture, .png")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Count or measure, and show, save and draw the result.
+
+    Raises:
+        ValueError, FileNotFoundError: arguments or a config that cannot be run.
+    """
+    from rich.console import Console
+
+    from ..analysis.cases import run_cases, without_baselines
+    from ..analysis.counting import GIB
+    from ..analysis.plots import save_plot, save_scatter
+    from ..analysis.presets import PRESETS, largest_batches
+    from ..analysis.report import Report, describe_machine
+
+    preset = PRESETS[args.preset] if args.preset else None
+    device = _device(args.device)
+    limit = parse_memory(args.memory_limit) if args.memory_limit else preset.memory_limit if preset else None
+    _check(args, device, limit, measured_only=bool(preset and preset.measured_only))
+    cases, left_out = without_baselines(preset.cases if preset else _cases(args))
+
+    # A file or pipe has no width of its own, and narrow tables are unreadable.
+    console = Console(width=None if Console().is_terminal else 200)
+    if left_out:
+        console.print(left_out)
+    with progress_bar(console, len(cases)) as (done, tick):
+        runner = _runner(args, device, limit, tick)
+        if preset:
+            rows = preset.run(cases, runner, limit, done)
+        elif args.max_batch:
+            rows = largest_batches(cases, runner, limit, done)
+        else:
+            rows = run_cases(cases, runner, done)
+    definitions = [_DEFINITIONS[runner.method]]
+    if limit is not None:
+        definitions.append(f"Memory limit: {limit / GIB:.2f} GiB, for weights and all.")
+    report = Report(
+        title=preset.title if preset else "Training step",
+        command=_command(args),
+        rows=rows,
+        machine=describe_machine(device),
+        definitions=definitions,
+    )
+    report.print(console)
+    report.print_peaks(console, args.at_peak if args.at_peak is not None else 0 if len(rows) > 6 else 5)
+    if args.json:
+        report.save_json(args.json)
+    if args.csv:
+        report.save_csv(args.csv)
+    if args.plot and preset and preset.scatter:
+        save_scatter(report, args.plot, *preset.scatter)
+    elif args.plot:
+        save_plot(report, args.plot)
+    return 0
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "800x1344" as (height, width) in pixels."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise ValueError(f"--size must be HEIGHTxWIDTH in pixels, such as 800x1344; got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def parse_memory(text: str) -> int:
+    """ "16GB" (10^9 bytes each) or "16GiB" (2^30) as bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB)", text)
+    if match is None or not float(match[1]):
+        raise ValueError(f"--memory-limit must be a number of GB, GiB, MB or MiB, such as 16GB; got {text!r}")
+    units = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
+    return int(float(match[1]) * units[match[2]])
+
+
+def _check(
+    args: argparse.Namespace, device: torch.device | None, limit: int | None, measured_only: bool
+) -> None:
+    """Find before minutes of counting what would stop the command after them."""
+    from ..analysis.report import check_folder
+
+    if args.preset:
+        given = [_flag(name) for name in _CASE_OPTIONS if getattr(args, name) not in (None, False)]
+        if given:
+            raise ValueError(f"--preset {args.preset} says what is run; leave out {', '.join(given)}")
+    if measured_only and device is None:
+        raise ValueError(f"--preset {args.preset} is about time, which cannot be counted: give a --device")
+    if device is None and (args.steps or args.warm_up):
+        raise ValueError("--steps and --warm-up are of a measurement: give a --device")
+    if args.max_batch and limit is None and (device is None or device.type == "cpu"):
+        raise ValueError("--max-batch needs a --memory-limit, such as 16GB, unless it is tried on a GPU")
+    if args.max_batch and args.batch:
+        raise ValueError("--max-batch finds the batch; leave out --batch")
+    if limit is not None and device is not None and device.type == "cpu":
+        raise ValueError("--memory-limit is enforced on CUDA devices; leave out --device to count instead")
+    if args.opts and not args.config_file:
+        raise ValueError("--opts needs a --config-file")
+    for name in ("depth", "batch", "steps", "warm_up"):
+        values = getattr(args, name) or []
+        for value in values if isinstance(values, list) else [values]:
+            if value < 1:
+                raise ValueError(f"{_flag(name)} must be at least 1, got {value}")
+    for path in (args.json, args.csv, args.plot):
+        check_folder(path)
+
+
+def _device(name: str | None) -> torch.device | None:
+    import torch
+
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cuda, cuda:1 or cpu; got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA device; leave it out to count instead")
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"--device must be cuda, cuda:1 or cpu; got {name!r}")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    from ..analysis.cases import Case, read_config, reversible_family
+    from ..analysis.peers import AS_CONFIGURED, MODELS, schemes
+
+    model = cfg = None
+    if args.config_file:
+        cfg = read_config(args.config_file, args.opts, args.device or "cpu")
+        title = os.path.splitext(os.path.basename(args.config_file))[0]
+        dtype = args.dtype or ("bf16" if cfg.SOLVER.AMP.ENABLED else "fp32")
+        plain = reversible_family(cfg) is None
+        if plain and (args.activations or args.peers or args.keep_attention is not None):
+            raise ValueError(
+                f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} is not reversible: leave out --activations, "
+                "--keep-attention and --peers"
+            )
+    else:
+        model, plain = MODELS[args.model or "rev_mvit_b"], False
+        title, dtype = model.title, args.dtype or "bf16"
+    chosen = [AS_CONFIGURED]
+    if not plain:
+        activations = args.activations or ("cached", "checkpoint", "reversible")
+        chosen = schemes(activations, args.keep_attention, args.peers)
+    return [
+        Case(title, model, scheme, batch, parse_size(size), dtype, depth, cfg)
+        for depth in args.depth or [None]
+        for size in args.size or ["800x1344"]
+        for batch in args.batch or [2]
+        for scheme in chosen
+    ]
+
+
+def _runner(
+    args: argparse.Namespace, device: torch.device | None, limit: int | None, tick: Callable[[], None]
+) -> Counting | Measuring:
+    from ..analysis.cases import Counting, Measuring
+
+    if device is None:
+        return Counting()
+    # Detectron2 reports training time as the mean over iterations 100 to 500.
+    warm_up, steps = (100, 400) if args.config_file else (5, 20)
+    return Measuring(device, args.warm_up or warm_up, args.steps or steps, limit, tick)
+
+
+@contextmanager
+def progress_bar(console: Console, cases: int) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+    """Show progress; gives what to call after every case, and after every step of a measurement."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("cases", total=cases)
+        steps = progress.add_task("steps", total=None, visible=False)
+
+        def tick() -> None:
+            progress.update(steps, advance=1, visible=True)
+
+        yield lambda: progress.advance(bar), tick
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command line again, as it is to be typed."""
+    words = ["rev-det", "bench"]
+    for name in _OPTIONS:
+        value, flag = getattr(args, name), _flag(name)
+        if value is False and name == "keep_attention":
+            words.append("--no-keep-attention")
+        elif value is True:
+            words.append(flag)
+        elif value not in (None, False, []):
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)

@@ -1,0 +1,93 @@
+"""`main`: help, version, errors in one line, the console entry point."""
+
+import re
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+import rev_det
+from rev_det import cli
+from rev_det.cli import COMMANDS, main
+
+SETUP = Path(__file__).resolve().parents[2] / "setup.py"
+
+
+def leave(*arguments):
+    """The exit code of an argument parser that ends the program."""
+    with pytest.raises(SystemExit) as info:
+        main(arguments)
+    return info.value.code
+
+
+def test_help_lists_every_command_with_a_line(capsys):
+    assert leave("--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in COMMANDS:
+        assert any(re.match(rf"    {name} +\w", line) for line in lines), name
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name, capsys):
+    assert leave(name, "--help") == 0
+    assert f"usage: rev-det {name} " in capsys.readouterr().out
+
+
+def test_the_version_is_the_packages(capsys):
+    assert leave("--version") == 0
+    assert capsys.readouterr().out == f"rev_det {rev_det.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["nothing"], [], ["--nothing"]])
+def test_what_is_no_command_is_an_error_with_the_usage(arguments, capsys):
+    assert leave(*arguments) == 2
+    assert capsys.readouterr().err.startswith("usage: rev-det ")
+
+
+class Failing:
+    """A command that ends in an error."""
+
+    SUMMARY = "fails"
+
+    def __init__(self, error):
+        self.error = error
+
+    def add_arguments(self, parser):
+        pass
+
+    def run(self, args):
+        raise self.error
+
+
+def install(monkeypatch, command):
+    monkeypatch.setattr(cli, "COMMANDS", ("failing",))
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name, package: command)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("a value\n  is wrong"), FileNotFoundError("a value is wrong"), OSError("a value is wrong")],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(error, monkeypatch, capsys):
+    install(monkeypatch, Failing(error))
+    assert main(["failing"]) == 2
+    assert tuple(capsys.readouterr()) == ("", "error: a value is wrong\n")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
+    install(monkeypatch, Failing(KeyError("oops")))
+    with pytest.raises(KeyError, match="oops"):
+        main(["failing"])
+
+
+def test_the_commands_exit_code_is_returned(monkeypatch):
+    command = Failing(None)
+    command.run = lambda args: 7
+    install(monkeypatch, command)
+    assert main(["failing"]) == 7
+
+
+def test_the_console_command_is_main():
+    ((name, target),) = re.findall(r'"console_scripts": \["([\w-]+) = ([\w.:]+)"\]', SETUP.read_text())
+    assert name == "rev-det"
+    assert EntryPoint(name, target, "console_scripts").load() is main
