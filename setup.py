@@ -26,6 +26,8 @@ REQUIRES = [
     "iopath>=0.1.9",
     "matplotlib>=3.5.3",
     "safetensors>=0.4",
+    # with which Detectron2 crops polygons
+    "shapely>=2.0",
     "rich>=13.0",
     "tqdm>=4.64",
     # what Detectron2 itself needs at run time

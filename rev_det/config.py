@@ -33,6 +33,10 @@ def add_rev_det_config(cfg: CfgNode) -> None:
     rev.TERMINATION = "concat-norm"
     # The naive variant of Table 5, with skip connections inside F and G; an ablation.
     rev.INNER_RESIDUAL = False
+    # Every so many iterations each run of reversible blocks is inverted, and the error of its rebuilt input,
+    # relative to the true one, is logged; 0: never. Above the threshold there is a warning.
+    rev.INVERSION_PERIOD = 1000
+    rev.INVERSION_THRESHOLD = 0.01
     # Anything missing, unexpected or of another shape in MODEL.WEIGHTS is an error unless False.
     rev.STRICT_WEIGHTS = True
 
@@ -85,9 +89,32 @@ def add_rev_det_config(cfg: CfgNode) -> None:
     cfg.INPUT.LSJ.SIZE = 1024
     cfg.INPUT.LSJ.SCALES = (0.1, 2.0)
 
+    # IMS_PER_BATCH images make one step of the optimizer, in this many forward and backward passes one after
+    # the other: for batches that do not fit. The gradient is the mean over them.
+    cfg.SOLVER.ACCUMULATE = 1
+    # Images per step that BASE_LR and the iterations of the schedule are written for; with another
+    # IMS_PER_BATCH they are rescaled, except what the command line gives. 0: never.
+    cfg.SOLVER.REFERENCE_IMS_PER_BATCH = 0
+    # How BASE_LR follows the batch size: "sqrt", "linear" or "none".
+    cfg.SOLVER.LR_SCALING = "sqrt"
     # "AdamW" or "SGD".
     cfg.SOLVER.OPTIMIZER = "AdamW"
     # AdamW's running-average coefficients.
     cfg.SOLVER.BETAS = (0.9, 0.999)
     # "auto": bfloat16 where the device has it, else float16 with a loss scaler; or "bf16", "fp16".
     cfg.SOLVER.AMP.DTYPE = "auto"
+    # float16 alone: steps that overflow are skipped; more than this many in a row end the run.
+    cfg.SOLVER.AMP.MAX_SKIPPED_STEPS = 20
+    # Each block of the backbone learns at this fraction of the rate of the block after it; 1: all alike.
+    cfg.SOLVER.LAYER_DECAY = 1.0
+    # How many periodic checkpoints to keep, besides the last and the best; 0: all.
+    cfg.SOLVER.CHECKPOINT_KEEP = 0
+    # DistributedDataParallel: look for parameters without gradient in every step; assume the same graph in
+    # every step; compress gradients on their way between processes ("none", "fp16" or "bf16").
+    cfg.SOLVER.DDP = CN()
+    cfg.SOLVER.DDP.FIND_UNUSED_PARAMETERS = False
+    cfg.SOLVER.DDP.STATIC_GRAPH = False
+    cfg.SOLVER.DDP.COMPRESSION = "none"
+
+    # The checkpoint with the highest value of this metric is kept as model_best.pth.
+    cfg.TEST.BEST_METRIC = "bbox/AP"

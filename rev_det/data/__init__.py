@@ -2,6 +2,7 @@
 
 from .coco import parse_dataset_argument, register_coco_json
 from .evaluation import RevCOCOEvaluator
+from .loader import TrainLoader, build_train_loader
 from .mapper import RevDatasetMapper
 from .resolve import class_names, register_datasets, resolve_mask_format, resolve_num_classes
 from .shapes import generate_shapes
@@ -9,6 +10,8 @@ from .shapes import generate_shapes
 __all__ = [
     "RevCOCOEvaluator",
     "RevDatasetMapper",
+    "TrainLoader",
+    "build_train_loader",
     "class_names",
     "generate_shapes",
     "parse_dataset_argument",

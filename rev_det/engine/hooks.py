@@ -8,6 +8,7 @@ import resource
 import sys
 
 import torch
+from detectron2.data import detection_utils as utils
 from detectron2.engine import HookBase
 
 from .pictures import draw_curves, draw_predictions
@@ -18,6 +19,13 @@ logger = logging.getLogger(__name__)
 _RSS_UNITS_PER_MIB = 2**20 if sys.platform == "darwin" else 2**10
 
 
+def peak_memory_mib() -> float:
+    """Peak memory of this process in MiB: what torch has allocated on CUDA, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _RSS_UNITS_PER_MIB
+
+
 class PeakMemory(HookBase):
     """Puts the process's peak memory (MiB) in the progress line where there is no CUDA.
 
@@ -26,12 +34,63 @@ class PeakMemory(HookBase):
 
     def after_step(self) -> None:
         if not torch.cuda.is_available():
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _RSS_UNITS_PER_MIB
-            self.trainer.storage.put_scalar("[metric]max_rss_mib", peak, smoothing_hint=False)
+            self.trainer.storage.put_scalar("[metric]max_rss_mib", peak_memory_mib(), smoothing_hint=False)
 
 
-class RunPictures(HookBase):
-    """Draws ``curves.png`` and ``predictions.png`` in ``OUTPUT_DIR`` once training is complete.
+class Throughput(HookBase):
+    """Puts the images per second of all processes together in the progress line.
+
+    To be registered after ``IterationTimer``, which measures the time of steps once a few have passed.
+
+    Args:
+        images: of one step.
+    """
+
+    def __init__(self, images: int):
+        self._images = images
+
+    def after_step(self) -> None:
+        storage = self.trainer.storage
+        if "time" in storage.histories():
+            rate = self._images / storage.history("time").latest()
+            storage.put_scalar("[metric]images_per_s", rate)
+
+
+class Predictions(HookBase):
+    """Draws predictions beside the ground truth of the first test set after each evaluation.
+
+    They are written to ``predictions.png`` in ``OUTPUT_DIR``, and to tensorboard. To be registered on the
+    first process, before the hook that writes there.
+
+    Args:
+        period: as that of the evaluation; 0 for the end of training alone.
+    """
+
+    def __init__(self, period: int):
+        self._period = period
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if self._period > 0 and done % self._period == 0 and done < self.trainer.max_iter:
+            self._draw()
+
+    def after_train(self) -> None:
+        # Also called when training failed.
+        if self.trainer.iter >= self.trainer.max_iter:
+            self._draw()
+
+    def _draw(self) -> None:
+        cfg = self.trainer.cfg
+        path = os.path.join(cfg.OUTPUT_DIR, "predictions.png")
+        model = getattr(self.trainer.model, "module", self.trainer.model)
+        draw_predictions(cfg, model, cfg.DATASETS.TEST[0], path)
+        logger.info("Predictions beside the ground truth of '%s': %s", cfg.DATASETS.TEST[0], path)
+        sheet = utils.read_image(path, format="RGB")
+        self.trainer.storage.put_image("predictions", sheet.transpose(2, 0, 1))
+
+
+class Curves(HookBase):
+    """Draws ``curves.png`` in ``OUTPUT_DIR`` once training is complete.
 
     To be registered on the first process, after the hook that writes ``metrics.json``.
     """
@@ -40,12 +99,7 @@ class RunPictures(HookBase):
         # Also called when training failed.
         if self.trainer.iter < self.trainer.max_iter:
             return
-        cfg = self.trainer.cfg
-        path = os.path.join(cfg.OUTPUT_DIR, "curves.png")
-        draw_curves(os.path.join(cfg.OUTPUT_DIR, "metrics.json"), path)
+        folder = self.trainer.cfg.OUTPUT_DIR
+        path = os.path.join(folder, "curves.png")
+        draw_curves(os.path.join(folder, "metrics.json"), path)
         logger.info("Curves of losses, learning rate and AP: %s", path)
-        if cfg.DATASETS.TEST:
-            path = os.path.join(cfg.OUTPUT_DIR, "predictions.png")
-            model = getattr(self.trainer.model, "module", self.trainer.model)
-            draw_predictions(cfg, model, cfg.DATASETS.TEST[0], path)
-            logger.info("Predictions beside the ground truth of '%s': %s", cfg.DATASETS.TEST[0], path)

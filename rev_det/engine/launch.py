@@ -20,7 +20,9 @@ from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import RevCheckpointer
 from ..data import register_datasets
+from .interruption import STOP_EXIT_CODES, Interrupted, passing_on_to_children
 from .setup import argument_parser, check_run, load_config
+from .torchrun import adopt_processes, join_processes, under_torchrun
 from .trainer import Trainer
 
 if TYPE_CHECKING:
@@ -39,11 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         the exit code: 0, or 2 after a line ``error: …`` on the standard error stream.
+
+    Raises:
+        SystemExit: a signal has asked the run to stop (128 + its number); ``--resume`` continues it.
     """
     args = argument_parser().parse_args(argv)
     # What load_config settles is worth seeing. default_setup sees to Detectron2's own loggers.
-    setup_logger(name="rev_det")
+    setup_logger(name="rev_det", distributed_rank=int(os.environ.get("RANK", 0)))
     try:
+        if under_torchrun():
+            adopt_processes(args)
         cfg = load_config(args.config_file, args.opts, args.dataset, args.num_gpus, args.eval_only)
         check_run(cfg, args)
         failure = launch_processes(cfg, args)
@@ -56,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def launch_processes(cfg: CfgNode, args: argparse.Namespace) -> str:
-    """Run on ``--num-gpus`` processes, or in this one if that is 1, and wait for them.
+    """Run on ``--num-gpus`` processes, or in this one if that is 1 or torchrun started it, and wait for them.
 
     Args:
         cfg: as ``load_config`` returns it.
@@ -66,14 +73,20 @@ def launch_processes(cfg: CfgNode, args: argparse.Namespace) -> str:
         in one line what the user can mend, if that ended one of several processes; else nothing.
 
     Raises:
+        SystemExit: a signal has asked the run to stop.
         Exception: a single process's own, user errors included; for any other failure of several,
             that of ``torch.multiprocessing`` with the traceback.
     """
     if args.num_gpus * args.num_machines == 1:
         run(cfg, args)
         return ""
+    if under_torchrun():
+        join_processes(cfg, args)
+        run(cfg, args)
+        dist.destroy_process_group()
+        return ""
     errors = mp.get_context("spawn").SimpleQueue()
-    with _only_on_device(cfg.MODEL.DEVICE):
+    with _only_on_device(cfg.MODEL.DEVICE), passing_on_to_children() as stop:
         try:
             launch(
                 _run_process,
@@ -83,7 +96,12 @@ def launch_processes(cfg: CfgNode, args: argparse.Namespace) -> str:
                 dist_url=args.dist_url,
                 args=(cfg, args, errors),
             )
-        except (mp.ProcessExitedException, mp.ProcessRaisedException):
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+            if stop.number is not None:
+                raise Interrupted(stop.number) from None
+            # A scheduler may signal all processes but this one.
+            if (code := getattr(error, "exit_code", None)) in STOP_EXIT_CODES:
+                raise SystemExit(code) from None
             # When one process stops, the others lose their connection to it: theirs may be reported first.
             if errors.empty():
                 raise

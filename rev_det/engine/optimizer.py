@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from detectron2.layers.batch_norm import LayerNorm as ChannelsFirstLayerNorm
+from detectron2.modeling.backbone import get_vit_lr_decay_rate
 from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import reduce_param_groups
-from torch import nn
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
 _OPTIMIZERS = ("AdamW", "SGD")
+GradientClipper = Callable[[Sequence[nn.Parameter]], Tensor]
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -58,9 +61,15 @@ def param_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
         model: the model to train.
     """
     solver = cfg.SOLVER
+    decay = solver.LAYER_DECAY
+    if not 0 < decay <= 1:
+        raise ValueError(
+            f"SOLVER.LAYER_DECAY is {decay}; it must be above 0 and at most 1, which is no decay"
+        )
     groups = get_default_optimizer_params(
         model,
         base_lr=solver.BASE_LR,
+        lr_factor_func=None if decay == 1 else layer_rates(model, decay),
         weight_decay=solver.WEIGHT_DECAY,
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
@@ -77,6 +86,29 @@ def param_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
         return groups
     # Of a parameter's entries the last one counts.
     return reduce_param_groups([*groups, {"params": pyramid_norms, "weight_decay": solver.WEIGHT_DECAY_NORM}])
+
+
+def layer_rates(model: nn.Module, decay: float) -> Callable[[str], float]:
+    """Factors of the learning rate that fall from the last block of the backbone to its first (ViTDet).
+
+    Args:
+        model: a detector with a RevViT or RevMViT, or another backbone that has ``blocks``.
+        decay: ratio of the rate of a block to that of the next one; embeddings are the layer below the first.
+
+    Returns:
+        the factor by name of parameter, 1 outside the backbone.
+
+    Raises:
+        ValueError: the backbone has no ``blocks``.
+    """
+    found = [
+        module.blocks
+        for module in model.modules()
+        if isinstance(getattr(module, "blocks", None), nn.ModuleList)
+    ]
+    if not found:
+        raise ValueError("SOLVER.LAYER_DECAY is set, but the backbone has no blocks; set it to 1.0")
+    return partial(get_vit_lr_decay_rate, lr_decay_rate=decay, num_layers=max(map(len, found)))
 
 
 def check_param_groups(model: nn.Module, groups: Sequence[dict[str, Any]]) -> None:
@@ -110,8 +142,8 @@ def check_param_groups(model: nn.Module, groups: Sequence[dict[str, Any]]) -> No
         raise ValueError(f"optimizer groups must hold each trainable parameter once, but {'; '.join(found)}")
 
 
-def build_gradient_clipper(cfg: CfgNode) -> Callable[[Sequence[nn.Parameter]], None] | None:
-    """What ``SOLVER.CLIP_GRADIENTS`` does to the (unscaled) gradients of a step; None when it is off.
+def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
+    """What ``SOLVER.CLIP_GRADIENTS`` does to the (unscaled) gradients of a step.
 
     "full_model" scales all gradients together to a norm of at most ``CLIP_VALUE``. Detectron2's "norm"
     does that to each parameter alone, and its "value" clamps every element.
@@ -119,27 +151,40 @@ def build_gradient_clipper(cfg: CfgNode) -> Callable[[Sequence[nn.Parameter]], N
     Args:
         cfg: a Detectron2 config.
 
+    Returns:
+        a function that changes the gradients of parameters in place and returns the norm, a scalar tensor,
+        that all of them together had before.
+
     Raises:
         ValueError: ``CLIP_TYPE`` is unknown.
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
-    if not clip.ENABLED:
-        return None
     value, norm_type = clip.CLIP_VALUE, clip.NORM_TYPE
 
-    def full_model(parameters: Sequence[nn.Parameter]) -> None:
-        clip_grad_norm_(parameters, value, norm_type)
+    def full_model(parameters: Sequence[nn.Parameter]) -> Tensor:
+        return clip_grad_norm_(parameters, value, norm_type)
 
-    def norm(parameters: Sequence[nn.Parameter]) -> None:
+    def norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+        total = total_norm(parameters)
         for parameter in parameters:
             clip_grad_norm_(parameter, value, norm_type)
+        return total
 
-    def clamp(parameters: Sequence[nn.Parameter]) -> None:
+    def clamp(parameters: Sequence[nn.Parameter]) -> Tensor:
+        total = total_norm(parameters)
         clip_grad_value_(parameters, value)
+        return total
 
+    if not clip.ENABLED:
+        return total_norm
     clippers = {"full_model": full_model, "norm": norm, "value": clamp}
     if clip.CLIP_TYPE not in clippers:
         raise ValueError(
             f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; allowed are {', '.join(clippers)}"
         )
     return clippers[clip.CLIP_TYPE]
+
+
+def total_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The Euclidean norm of all gradients together, which are left as they are."""
+    return get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from torch import nn
 
 from ..data import RevDatasetMapper
 from .amp import Precision
+from .metrics import read_metrics
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -31,27 +31,8 @@ _AP = {"bbox/AP": "box AP", "segm/AP": "mask AP"}
 _TILE = 448
 
 
-def read_metrics(path: str) -> list[dict[str, float]]:
-    """The records of a ``metrics.json``, by rising iteration.
-
-    A run writes behind the records of earlier ones in the same folder. Where iterations begin anew, be it
-    at 0 or at a checkpoint, the earlier records from there on belong to a run that was given up.
-
-    Args:
-        path: a file as Detectron2's ``JSONWriter`` makes it, one JSON object per line.
-    """
-    records: list[dict[str, float]] = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            record = json.loads(line)
-            while records and records[-1]["iteration"] >= record["iteration"]:
-                records.pop()
-            records.append(record)
-    return records
-
-
 def draw_curves(metrics_path: str, path: str) -> None:
-    """Draw losses, learning rate and AP over iterations as a PNG.
+    """Draw losses, learning rate, AP and, if it was checked, the inversion error over iterations as a PNG.
 
     Args:
         metrics_path: a ``metrics.json``.
@@ -64,8 +45,10 @@ def draw_curves(metrics_path: str, path: str) -> None:
     if not records:
         raise ValueError(f"{metrics_path} holds no records to draw")
     names = sorted({name for record in records for name in record})
-    figure = _figure(15, 4.2)
-    losses, rate, precision = figure.subplots(1, 3)
+    inversion = [name for name in names if name.startswith("inversion_error/")]
+    panels = 4 if inversion else 3
+    figure = _figure(5 * panels, 4.2)
+    losses, rate, precision, *rest = figure.subplots(1, panels)
 
     for name in (name for name in names if name.startswith("loss")):
         _plot(losses, records, name, linewidth=1)
@@ -79,9 +62,13 @@ def draw_curves(metrics_path: str, path: str) -> None:
             # With several test sets the name starts with that of the set.
             _plot(precision, records, name, label=name.replace(task, _AP[task]), marker="o")
     precision.set(title="COCO AP", ylim=(0, 100))
+    for name in inversion:
+        _plot(rest[0], records, name, label=name.partition("/")[2], marker="o")
+    for axes in rest:
+        axes.set(title="relative error of rebuilt inputs", yscale="log")
 
-    for axes in (losses, rate, precision):
-        axes.set(xlabel="iteration", xlim=(0, max(record["iteration"] for record in records)))
+    for axes in (losses, rate, precision, *rest):
+        axes.set(xlabel="iteration", xlim=(0, max(1, *(record["iteration"] for record in records))))
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small")

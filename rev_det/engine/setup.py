@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import functools
 import logging
+import operator
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from detectron2.config import get_cfg
-from detectron2.data import MetadataCatalog
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
@@ -24,8 +25,18 @@ from ..checkpoint import RevCheckpointer
 from ..config import add_rev_det_config
 from ..data import parse_dataset_argument, register_datasets, resolve_mask_format, resolve_num_classes
 from .amp import Precision
+from .checks import (
+    check_dataset_files,
+    check_images,
+    check_output,
+    check_processes,
+    check_solver,
+    check_training_data,
+    explained,
+)
 from .evaluation import check_test_augmentation
 from .optimizer import build_gradient_clipper, build_optimizer
+from .schedule import rescale_schedule
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -73,7 +84,7 @@ def load_config(
         opts: keys and values that override the file's, alternating.
         datasets: values of ``--dataset``, added to ``DATASETS.COCO_JSON``.
         num_gpus: processes on this machine, each with a GPU of its own unless ``MODEL.DEVICE`` is the CPU.
-        eval_only: empty ``DATASETS.TRAIN``: to evaluate, the training data need not be there.
+        eval_only: leave ``DATASETS.TRAIN`` alone: to evaluate, the training data need not be there.
 
     Returns:
         a frozen config with every dataset registered in this process.
@@ -85,7 +96,11 @@ def load_config(
     cfg = get_cfg()
     add_rev_det_config(cfg)
     _merge(cfg, config_file, opts)
+    if not eval_only:
+        check_solver(cfg)
+    rescale_schedule(cfg, fixed=opts[::2])
     cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, *map(parse_dataset_argument, datasets)]
+    train = cfg.DATASETS.TRAIN
     if eval_only:
         cfg.DATASETS.TRAIN = ()
     _settle_device(cfg, num_gpus)
@@ -93,6 +108,7 @@ def load_config(
     register_datasets(cfg)
     resolve_num_classes(cfg)
     resolve_mask_format(cfg)
+    cfg.DATASETS.TRAIN = train
     cfg.freeze()
     return cfg
 
@@ -100,7 +116,8 @@ def load_config(
 def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Find what would stop a run, before anything is written.
 
-    Builds the model once, on the CPU, loads its weights, and drops it.
+    Builds the model once, on the CPU, loads its weights, and drops it. Of the images that `load_config` has
+    registered it reads a few.
 
     Args:
         cfg: as `load_config` returns it.
@@ -108,19 +125,20 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
 
     Raises:
         FileNotFoundError: weights or a dataset do not exist.
-        ValueError: a part cannot be built, weights do not fit, or arguments and config do not go together.
+        ValueError: a value is not allowed, a part cannot be built, weights do not fit, an image cannot be
+            decoded, or arguments and config do not go together.
     """
-    _check_processes(cfg, args)
-    _check_dataset_files("DATASETS.TEST", cfg.DATASETS.TEST)
+    check_processes(cfg, args)
+    check_output(cfg)
+    check_dataset_files("DATASETS.TEST", cfg.DATASETS.TEST)
     if args.eval_only and not cfg.DATASETS.TEST:
         raise ValueError("--eval-only: DATASETS.TEST is empty, there is nothing to evaluate on")
     if not args.eval_only:
-        if not cfg.DATASETS.TRAIN:
-            raise ValueError("DATASETS.TRAIN is empty, there is nothing to train on")
-        _check_dataset_files("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+        check_training_data(cfg)
     if args.eval_only and cfg.TEST.AUG.ENABLED:
         check_test_augmentation(cfg)
     with _silence():
+        check_images(cfg, args.eval_only)
         _build_once(cfg, args)
 
 
@@ -129,15 +147,11 @@ def _build_once(cfg: CfgNode, args: argparse.Namespace) -> None:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    try:
+    with explained(cfg):
         model = build_model(cfg)
         if not args.eval_only:
             build_lr_scheduler(cfg, build_optimizer(cfg, model))
             build_gradient_clipper(cfg)
-    # Detectron2 asserts where it means that a config is wrong; its registries raise KeyError.
-    except (AssertionError, KeyError) as error:
-        text = " ".join(map(str, error.args)) or repr(error)
-        raise ValueError(f"the config cannot be built: {text}") from error
     checkpointer = RevCheckpointer(
         model, cfg.OUTPUT_DIR, strict_weights=cfg.MODEL.REV.STRICT_WEIGHTS, evaluation=args.eval_only
     )
@@ -169,7 +183,7 @@ def _merge(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
         raise ValueError(
             f"config keys and values must alternate, but {len(opts)} words are given: {' '.join(opts)}"
         )
-    known = set(_keys(cfg))
+    defaults, known = cfg.clone(), set(_keys(cfg))
     for key in opts[::2]:
         if key not in known:
             raise ValueError(_unknown_key(key, known))
@@ -180,7 +194,22 @@ def _merge(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
         raise ValueError(f"{config_file}: {_unknown_key(error.args[0].split(': ')[-1], known)}") from error
     except (yaml.YAMLError, AttributeError, AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"{config_file} is not a valid config: {error}") from error
-    cfg.merge_from_list(list(opts))
+    for key, text in zip(opts[::2], opts[1::2], strict=True):
+        try:
+            cfg.merge_from_list([key, text])
+        except ValueError as error:
+            raise ValueError(_wrong_type(cfg, key, text)) from error
+    for key in known:
+        # yacs lets None pass for any value; for a number, WEIGHT_DECAY_BIAS, it has a meaning.
+        if _get(cfg, key) is None and not isinstance(_get(defaults, key), float | None):
+            raise ValueError(_wrong_type(defaults, key, "None"))
+
+
+def _wrong_type(cfg: CfgNode, key: str, text: str) -> str:
+    value = _get(cfg, key)
+    if isinstance(value, type(cfg)):
+        return f"{key} holds other keys, such as {key}.{next(iter(value))}; set one of those"
+    return f"{key} must be of type {type(value).__name__}, such as {value!r}; got {text!r}"
 
 
 def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -188,6 +217,10 @@ def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
         yield prefix + key
         if isinstance(value, type(node)):
             yield from _keys(value, f"{prefix}{key}.")
+
+
+def _get(cfg: CfgNode, key: str) -> Any:
+    return functools.reduce(operator.getitem, key.split("."), cfg)
 
 
 def _unknown_key(key: str, known: set[str]) -> str:
@@ -215,35 +248,3 @@ def _settle_device(cfg: CfgNode, num_gpus: int) -> None:
     if not available:
         logger.warning("MODEL.DEVICE is %r, but there is no CUDA device: using the CPU", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
-
-
-def _check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
-    if args.num_gpus < 1 or args.num_machines < 1:
-        raise ValueError(
-            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: both must be at least 1 "
-            "(MODEL.DEVICE cpu trains without a GPU)"
-        )
-    if not 0 <= args.machine_rank < args.num_machines:
-        raise ValueError(f"--machine-rank {args.machine_rank} must be from 0 to {args.num_machines - 1}")
-    if args.num_machines > 1 and args.dist_url == "auto":
-        raise ValueError(
-            "--num-machines above 1 needs --dist-url, the same on all: tcp://ADDRESS_OF_MACHINE_0:PORT"
-        )
-    processes = args.num_gpus * args.num_machines
-    if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % processes:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {processes} processes cannot share "
-            "equally; set it to a multiple"
-        )
-
-
-def _check_dataset_files(key: str, names: Sequence[str]) -> None:
-    """Those that Detectron2 registers itself are not looked at until they are used."""
-    for name in names:
-        metadata = MetadataCatalog.get(name)
-        for path in (metadata.get("json_file"), metadata.get("image_root")):
-            if path and "://" not in path and not os.path.exists(path):
-                raise FileNotFoundError(
-                    f"{key}: {path} of dataset '{name}' does not exist; "
-                    "DETECTRON2_DATASETS names the folder that holds Detectron2's datasets"
-                )

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import signal
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from ..checkpoint import RevCheckpointer
-from ..data import RevCOCOEvaluator, RevDatasetMapper
+from ..data import RevCOCOEvaluator, RevDatasetMapper, build_train_loader
 from .amp import Precision
+from .checkpoints import Checkpoints, Evaluation
 from .evaluation import evaluate_with_augmentation, evaluating
-from .hooks import PeakMemory, RunPictures
+from .hooks import Curves, PeakMemory, Predictions, Throughput
+from .interruption import StopRequest
+from .inversion import InversionCheck
+from .metrics import end_last_line
 from .optimizer import build_gradient_clipper, build_optimizer
-from .train_step import TrainStep
+from .summary import Summary
+from .train_step import NonFiniteError, TrainStep
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
 logger = logging.getLogger(__name__)
+
+_COMPRESSION = {
+    "none": None,
+    "fp16": default_hooks.fp16_compress_hook,
+    "bf16": default_hooks.bf16_compress_hook,
+}
 
 
 class Trainer(DefaultTrainer):
@@ -53,8 +68,18 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        model = wrap_model(model)
-        self._trainer = TrainStep(model, data_loader, optimizer, precision, build_gradient_clipper(cfg))
+        model = wrap_model(model, cfg)
+        self.stop_request = StopRequest()
+        self._trainer = TrainStep(
+            model,
+            data_loader,
+            optimizer,
+            precision,
+            build_gradient_clipper(cfg),
+            accumulate=cfg.SOLVER.ACCUMULATE,
+            max_skipped_steps=cfg.SOLVER.AMP.MAX_SKIPPED_STEPS,
+            stop_requested=self.stop_request,
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = RevCheckpointer(
             model, cfg.OUTPUT_DIR, strict_weights=cfg.MODEL.REV.STRICT_WEIGHTS, trainer=weakref.proxy(self)
@@ -64,12 +89,84 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
+    @property
+    def stopping(self) -> bool:
+        """Whether a process was asked to stop: the state is saved, and all end after this iteration."""
+        return self._trainer.stopping
+
+    @property
+    def stop_signal(self) -> int:
+        """The signal that asked for it, if it was sent to this process."""
+        return self.stop_request.number or signal.SIGTERM
+
+    def train(self) -> Any:
+        """Train from ``start_iter`` to ``max_iter``.
+
+        Returns:
+            as ``DefaultTrainer.train``.
+
+        Raises:
+            Interrupted: SIGTERM or SIGUSR1 came; the state is saved, to be resumed.
+            NonFiniteError: a loss or gradient is infinite or NaN; the state before it is saved, and what led
+                to it is described in ``non_finite.json``.
+        """
+        with self.stop_request.listening():
+            return super().train()
+
+    def run_step(self) -> None:
+        try:
+            super().run_step()
+        except NonFiniteError as error:
+            files = self._save_last_good(error)
+            raise NonFiniteError(f"{error}. {files}", error.report) from error
+
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's hooks; peak memory in its progress line; the pictures when everything else is done."""
-        hooks = [PeakMemory(), *super().build_hooks()]
+        """Detectron2's hooks, of which saving and evaluating are this project's; summary and pictures when
+        everything else is done."""
+        cfg, is_main = self.cfg, comm.is_main_process()
+        checkpoints = Checkpoints(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_KEEP)
+        evaluation = Evaluation(
+            cfg.TEST.EVAL_PERIOD, self._evaluate_for_hook, checkpoints, cfg.TEST.BEST_METRIC
+        )
+        replaced = (hooks.PeriodicCheckpointer, hooks.EvalHook)
+        defaults = [h for h in super().build_hooks() if h is not None and not isinstance(h, replaced)]
+        writers = [hook for hook in defaults if isinstance(hook, hooks.PeriodicWriter)]
+        return [
+            *(hook for hook in defaults if hook not in writers),
+            PeakMemory(),
+            Throughput(cfg.SOLVER.IMS_PER_BATCH),
+            InversionCheck(cfg.MODEL.REV.INVERSION_PERIOD, cfg.MODEL.REV.INVERSION_THRESHOLD),
+            checkpoints,
+            evaluation,
+            *([Predictions(cfg.TEST.EVAL_PERIOD)] if is_main and cfg.DATASETS.TEST else []),
+            *writers,
+            Summary(evaluation),
+            *([Curves()] if is_main else []),
+        ]
+
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's: the progress line, ``metrics.json`` and tensorboard."""
+        end_last_line(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
+        return super().build_writers()
+
+    def _evaluate_for_hook(self) -> dict[str, Any]:
+        # DefaultTrainer compares these with TEST.EXPECTED_RESULTS after training.
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
+
+    def _save_last_good(self, error: NonFiniteError) -> str:
+        """Save what is known of a failed step, and the state before it; say where."""
+        report = os.path.join(self.cfg.OUTPUT_DIR, "non_finite.json")
         if comm.is_main_process():
-            hooks.append(RunPictures())
-        return hooks
+            with open(report, "w", encoding="utf-8") as file:
+                json.dump(error.report, file, indent=1)
+        failed = self.iter
+        self.iter -= 1
+        try:
+            self.checkpointer.save("model_last_good", iteration=self.iter)
+        finally:
+            self.iter = failed
+        return f"Losses and images of the step are in {report}; --resume repeats it from model_last_good.pth"
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -77,7 +174,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        return build_detection_train_loader(cfg, mapper=RevDatasetMapper(cfg, is_train=True))
+        """Batches of a single forward: ``IMS_PER_BATCH`` images are ``ACCUMULATE`` of them."""
+        return build_train_loader(cfg, total_batch_size=cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
@@ -117,13 +215,32 @@ class Trainer(DefaultTrainer):
         return results
 
 
-def wrap_model(model: nn.Module) -> nn.Module:
-    """The model itself in a single process, else in ``DistributedDataParallel``.
+def wrap_model(model: nn.Module, cfg: CfgNode) -> nn.Module:
+    """The model itself in a single process, else in ``DistributedDataParallel`` as ``SOLVER.DDP`` says.
 
     Args:
         model: on the device of this process.
+        cfg: a config with rev_det's keys.
+
+    Raises:
+        ValueError: ``SOLVER.DDP.COMPRESSION`` is unknown.
     """
+    ddp = cfg.SOLVER.DDP
+    if ddp.COMPRESSION not in _COMPRESSION:
+        raise ValueError(
+            f"SOLVER.DDP.COMPRESSION is {ddp.COMPRESSION!r}; allowed are {', '.join(map(repr, _COMPRESSION))}"
+        )
     on_cpu = next(model.parameters()).device.type == "cpu"
     # Detectron2 names a device unless told not to, and the CPU must not be named.
     device_ids = {"device_ids": None} if on_cpu else {}
-    return create_ddp_model(model, broadcast_buffers=False, **device_ids)
+    wrapped = create_ddp_model(
+        model,
+        broadcast_buffers=False,
+        find_unused_parameters=ddp.FIND_UNUSED_PARAMETERS,
+        static_graph=ddp.STATIC_GRAPH,
+        **device_ids,
+    )
+    hook = _COMPRESSION[ddp.COMPRESSION]
+    if hook is not None and wrapped is not model:
+        wrapped.register_comm_hook(state=None, hook=hook)
+    return wrapped

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from detectron2.modeling import Backbone
 from detectron2.modeling.backbone.utils import PatchEmbed, get_abs_pos
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..checks import check_count, is_whole
+from .checks import check_blocks, check_patches
 from .fusion import ScaleNorm
 from .layers import drop_path_masks
 from .recompute import recompute
-from .reversible import check_activations
+from .reversible import Masks, check_activations, run_blocks
 
 TRANSITIONS = ("auto", "checkpoint", "cached")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass through the reversible blocks between two stage transitions.
+
+    Attributes:
+        first: number of the first block in the backbone.
+        blocks: of the run.
+        x: both streams before it, (B, N, C).
+        y: the two streams after it.
+        args: what every F was given besides its stream.
+        masks: drop-path multipliers (mF, mG) of each block.
+    """
+
+    first: int
+    blocks: tuple[nn.Module, ...]
+    x: Tensor
+    y: tuple[Tensor, Tensor]
+    args: tuple
+    masks: tuple[tuple[Tensor | None, Tensor | None], ...]
 
 
 class ReversibleBackbone(Backbone):
@@ -26,6 +52,7 @@ class ReversibleBackbone(Backbone):
         in_chans: channels of the images.
         embed_dim: width C of the first tokens.
         depth: number of blocks.
+        num_heads, mlp_ratio: of the blocks that the subclass builds; only checked here.
         drop_path_rate: probability of dropping a branch of the last block; it grows linearly from 0.
         pretrain_img_size: side in pixels of the square images that ``pos_embed`` has one entry per patch for;
             it is interpolated (bicubic) to any other grid.
@@ -45,6 +72,8 @@ class ReversibleBackbone(Backbone):
         in_chans: int,
         embed_dim: int,
         depth: int,
+        num_heads: int,
+        mlp_ratio: float,
         drop_path_rate: float,
         pretrain_img_size: int,
         activations: str,
@@ -52,15 +81,11 @@ class ReversibleBackbone(Backbone):
     ):
         super().__init__()
         check_activations(activations)
-        if not 0.0 <= drop_path_rate < 1.0:
-            raise ValueError(f"drop_path_rate must be at least 0 and below 1, got {drop_path_rate}")
-        if depth < 1:
-            raise ValueError(f"depth must be at least 1, got {depth}")
-        if pretrain_img_size < 1 or pretrain_img_size % patch_stride[0] or len(set(patch_stride)) > 1:
-            raise ValueError(
-                f"pretrain_img_size must be a multiple of the patch stride, and the stride the same in both "
-                f"directions; got {pretrain_img_size} and {tuple(patch_stride)}"
-            )
+        check_count("in_chans", in_chans)
+        check_blocks(embed_dim, depth, num_heads, mlp_ratio, drop_path_rate)
+        check_patches(patch_kernel, patch_stride, patch_padding, pretrain_img_size)
+        # Called after each run of reversible blocks, to look at it.
+        self.observer: Callable[[Run], None] | None = None
         self.activations = activations
         self.keep_attention = keep_attention
         self.patch_embed = PatchEmbed(patch_kernel, patch_stride, patch_padding, in_chans, embed_dim)
@@ -73,10 +98,10 @@ class ReversibleBackbone(Backbone):
         embeddings, 1 + k also the first k blocks."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(_init_weights)
-        if not 0 <= freeze_at <= 1 + len(self.blocks):
+        if not is_whole(freeze_at) or not 0 <= freeze_at <= 1 + len(self.blocks):
             raise ValueError(
                 f"freeze_at must be 0 (nothing) to {1 + len(self.blocks)} (embeddings and all blocks), "
-                f"got {freeze_at}"
+                f"got {freeze_at!r}"
             )
         if freeze_at:
             self.pos_embed.requires_grad_(False)
@@ -89,6 +114,27 @@ class ReversibleBackbone(Backbone):
         hw = (x.shape[1], x.shape[2])
         # The sum is in the position embedding's precision: float32 under autocast too.
         return (x + get_abs_pos(self.pos_embed, False, hw)).flatten(1, 2), hw
+
+    def run(self, first: int, last: int, x: Tensor, *args, masks: Masks) -> tuple[Tensor, Tensor]:
+        """Apply the reversible blocks from number ``first`` to ``last``, both included, to equal streams.
+
+        If there is an ``observer``, it is called with a `Run` afterwards.
+
+        Args:
+            x: both streams, (B, N, C).
+            args: passed to every F.
+            masks: of all blocks of the backbone, as `draw_masks` returns them.
+
+        Returns:
+            the two streams, 2 x (B, N, C).
+        """
+        blocks, masks = self.blocks[first : last + 1], masks[first : last + 1]
+        y1, y2 = run_blocks(
+            blocks, x, x, *args, masks=masks, activations=self.activations, keep_attention=self.keep_attention
+        )
+        if self.observer is not None:
+            self.observer(Run(first, tuple(blocks), x, (y1, y2), args, tuple(masks)))
+        return y1, y2
 
     def normalise(self, norm: ScaleNorm, x1: Tensor, x2: Tensor) -> Tensor:
         """The tokens of a scale from its two streams. 2 x (B, N, C) -> (B, N, 2C)."""

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch.utils.checkpoint import checkpoint
 
-from .build import PYRAMID_STRIDES, fpn, simple_pyramid, with_rev_det_keys
+from .build import PYRAMID_STRIDES, fpn, rev_mvit, rev_vit, simple_pyramid, with_rev_det_keys
 
 
 @BACKBONE_REGISTRY.register()
@@ -27,8 +28,12 @@ def build_baseline_vit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Bac
 
     Raises:
         ImportError: timm is not installed.
+        ValueError: a value that `RevViT` refuses as well.
     """
     cfg = with_rev_det_keys(cfg)
+    # Detectron2's class takes its arguments as they come; ours names the wrong ones.
+    with torch.device("meta"):
+        rev_vit(cfg, input_shape)
     node = cfg.MODEL.REV_VIT
     vit = _detectron2_class("ViT")(
         img_size=node.PRETRAIN_IMG_SIZE,
@@ -54,8 +59,12 @@ def build_baseline_mvit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Ba
 
     Raises:
         ImportError: timm is not installed.
+        ValueError: a value that `RevMViT` refuses as well.
     """
     cfg = with_rev_det_keys(cfg)
+    # Detectron2's class takes its arguments as they come; ours names the wrong ones.
+    with torch.device("meta"):
+        rev_mvit(cfg, input_shape)
     node = cfg.MODEL.REV_MVIT
     mvit = _detectron2_class("MViT")(
         img_size=node.PRETRAIN_IMG_SIZE,

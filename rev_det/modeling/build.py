@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
+from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, SimpleFeaturePyramid
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 
+from ..checks import check_choice, check_count
 from ..config import add_rev_det_config
 from .backbone import pad_to_multiple
 from .rev_mvit import RevMViT
@@ -19,6 +21,11 @@ logger = logging.getLogger(__name__)
 
 # Of the simple pyramid's levels p2 .. p5 for a patch size of 16, as in ViTDet.
 PYRAMID_STRIDES = (4, 8, 16, 32)
+
+# Constructor arguments that MODEL.REV holds.
+_SHARED = ("ACTIVATIONS", "KEEP_ATTENTION", "FREEZE_AT", "TERMINATION", "INNER_RESIDUAL")
+# Detectron2's default of MODEL.BACKBONE.FREEZE_AT, which cannot be told from an explicit 2.
+_DEFAULT_FREEZE_AT = 2
 
 
 class RevSimpleFeaturePyramid(SimpleFeaturePyramid):
@@ -51,36 +58,13 @@ class RevFPN(FPN):
 @BACKBONE_REGISTRY.register()
 def build_rev_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> RevViT:
     """RevViT from ``MODEL.REV_VIT`` and ``MODEL.REV``: one feature map at the patch stride."""
-    cfg = with_rev_det_keys(cfg)
-    rev, node = cfg.MODEL.REV, cfg.MODEL.REV_VIT
-    arguments = {key.lower(): value for key, value in node.items()}
-    return RevViT(
-        in_chans=input_shape.channels,
-        activations=rev.ACTIVATIONS,
-        keep_attention=rev.KEEP_ATTENTION,
-        freeze_at=rev.FREEZE_AT,
-        termination=rev.TERMINATION,
-        inner_residual=rev.INNER_RESIDUAL,
-        **arguments,
-    )
+    return rev_vit(with_rev_det_keys(cfg), input_shape)
 
 
 @BACKBONE_REGISTRY.register()
 def build_rev_mvit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> RevMViT:
     """RevMViT from ``MODEL.REV_MVIT`` and ``MODEL.REV``: feature maps at strides 4, 8, 16 and 32."""
-    cfg = with_rev_det_keys(cfg)
-    rev, node = cfg.MODEL.REV, cfg.MODEL.REV_MVIT
-    arguments = {key.lower(): value for key, value in node.items()}
-    return RevMViT(
-        in_chans=input_shape.channels,
-        activations=rev.ACTIVATIONS,
-        transitions=rev.TRANSITIONS,
-        keep_attention=rev.KEEP_ATTENTION,
-        freeze_at=rev.FREEZE_AT,
-        termination=rev.TERMINATION,
-        inner_residual=rev.INNER_RESIDUAL,
-        **arguments,
-    )
+    return rev_mvit(with_rev_det_keys(cfg), input_shape)
 
 
 @BACKBONE_REGISTRY.register()
@@ -109,8 +93,47 @@ def build_retinanet_rev_mvit_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) 
     return fpn(cfg, build_rev_mvit_backbone(cfg, input_shape))
 
 
+def rev_vit(cfg: CfgNode, input_shape: ShapeSpec) -> RevViT:
+    """RevViT as a config with rev_det's keys says.
+
+    Raises:
+        ValueError: a key of ``MODEL.REV_VIT`` or ``MODEL.REV`` has a value that is not allowed.
+    """
+    return _construct(RevViT, cfg, "REV_VIT", _SHARED, input_shape)
+
+
+def rev_mvit(cfg: CfgNode, input_shape: ShapeSpec) -> RevMViT:
+    """RevMViT as a config with rev_det's keys says.
+
+    Raises:
+        ValueError: a key of ``MODEL.REV_MVIT`` or ``MODEL.REV`` has a value that is not allowed.
+    """
+    return _construct(RevMViT, cfg, "REV_MVIT", (*_SHARED, "TRANSITIONS"), input_shape)
+
+
+def _construct(
+    cls: type[Backbone], cfg: CfgNode, node: str, shared: tuple[str, ...], input_shape: ShapeSpec
+) -> Backbone:
+    values = dict(cfg.MODEL[node]) | {key: cfg.MODEL.REV[key] for key in shared}
+    try:
+        return cls(in_chans=input_shape.channels, **{key.lower(): value for key, value in values.items()})
+    except ValueError as error:
+        # The message begins with the argument, of which the user of a config knows the key.
+        key = str(error).partition(" ")[0].upper()
+        if key not in values:
+            raise
+        raise ValueError(f"MODEL.{'REV' if key in shared else node}.{key}: {error}") from error
+
+
 def with_rev_det_keys(cfg: CfgNode) -> CfgNode:
     """The config itself if it has rev_det's keys, else (a stock config) a copy with their defaults."""
+    is_stock, freeze_at = "REV" not in cfg.MODEL, cfg.MODEL.BACKBONE.FREEZE_AT
+    if freeze_at > 0 and (is_stock or freeze_at != _DEFAULT_FREEZE_AT):
+        logger.warning(
+            "MODEL.BACKBONE.FREEZE_AT %d counts the stages of a ResNet and is ignored; MODEL.REV.FREEZE_AT "
+            "freezes parts of this backbone",
+            freeze_at,
+        )
     if cfg.MODEL.WEIGHTS and (cfg.INPUT.FORMAT != "RGB" or min(cfg.MODEL.PIXEL_STD) <= 1.0):
         logger.warning(
             "The pretrained weights expect RGB images with ImageNet's statistics, but INPUT.FORMAT is %s and "
@@ -119,7 +142,7 @@ def with_rev_det_keys(cfg: CfgNode) -> CfgNode:
             cfg.INPUT.FORMAT,
             cfg.MODEL.PIXEL_STD,
         )
-    if "REV" in cfg.MODEL:
+    if not is_stock:
         return cfg
     cfg = cfg.clone()
     cfg.defrost()
@@ -135,21 +158,29 @@ def fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module | None = None) -
         top_block: makes the levels above the last scale; None for RetinaNet's P6 and P7.
 
     Raises:
-        ValueError: ``FPN.IN_FEATURES`` has a scale that the backbone does not return.
+        ValueError: ``FPN.IN_FEATURES`` are not neighbouring scales of the backbone, or another key of ``FPN``
+            has a value that is not allowed.
     """
+    _check_pyramid(cfg)
     shapes = bottom_up.output_shape()
     scales = list(shapes)
-    in_features = list(cfg.MODEL.FPN.IN_FEATURES)
-    if not in_features or any(name.startswith("res") for name in in_features):
+    in_features = list(map(str, cfg.MODEL.FPN.IN_FEATURES)) or scales
+    if any(name.startswith("res") for name in in_features):
         # A stock config names ResNet's stages, of the same strides.
-        names = [name.replace("res", "scale") for name in in_features] or scales
-        logger.info("MODEL.FPN.IN_FEATURES %s is replaced with %s.", in_features, names)
+        names = [name.replace("res", "scale") for name in in_features]
+        logger.warning("MODEL.FPN.IN_FEATURES %s is replaced with %s", in_features, names)
         in_features = names
     missing = [name for name in in_features if name not in shapes]
     if missing:
         raise ValueError(
             f"MODEL.FPN.IN_FEATURES has {missing}, which the backbone does not return; "
             f"allowed are MODEL.REV_MVIT.OUT_FEATURES: {scales}"
+        )
+    strides = [shapes[name].stride for name in in_features]
+    if any(after != 2 * before for before, after in itertools.pairwise(strides)):
+        raise ValueError(
+            f"MODEL.FPN.IN_FEATURES is {in_features}, of strides {strides}; it must be neighbouring scales, "
+            f"each of twice the stride of the one before, from {scales}"
         )
     if isinstance(bottom_up, RevMViT):
         # A norm that nothing reads would be without a gradient, which DistributedDataParallel refuses.
@@ -176,14 +207,18 @@ def simple_pyramid(
         strides: of the levels, ``top_block`` makes those above.
 
     Raises:
-        ValueError: the feature map's stride does not lead to these levels.
+        ValueError: the feature map's stride does not lead to these levels, or a key of ``FPN`` has a value
+            that is not allowed.
     """
+    _check_pyramid(cfg)
     (name, shape), *_ = net.output_shape().items()
     scale_factors = [shape.stride / stride for stride in strides]
     if not set(scale_factors) <= {4.0, 2.0, 1.0, 0.5}:
         raise ValueError(
             f"MODEL.REV_VIT.PATCH_SIZE must be 16 for a pyramid of strides {strides}, got {shape.stride}"
         )
+    if 4.0 in scale_factors:
+        _check_norm(cfg, shape.channels // 2, "MODEL.REV_VIT.EMBED_DIM")
     return RevSimpleFeaturePyramid(
         net=net,
         in_feature=name,
@@ -193,3 +228,25 @@ def simple_pyramid(
         # The pyramid cannot be built without a norm; an empty FPN.NORM, Detectron2's default, means ViTDet's.
         norm=cfg.MODEL.FPN.NORM or "LN",
     )
+
+
+def _check_pyramid(cfg: CfgNode) -> None:
+    node = cfg.MODEL.FPN
+    check_count("MODEL.FPN.OUT_CHANNELS", node.OUT_CHANNELS)
+    _check_norm(cfg, node.OUT_CHANNELS, "MODEL.FPN.OUT_CHANNELS")
+    check_choice("MODEL.FPN.FUSE_TYPE", node.FUSE_TYPE, ("sum", "avg"))
+
+
+def _check_norm(cfg: CfgNode, channels: int, key: str) -> None:
+    """Check that ``FPN.NORM`` exists and can have this many channels, which follow from a key."""
+    name = cfg.MODEL.FPN.NORM
+    try:
+        get_norm(name, channels)
+    except KeyError as error:
+        raise ValueError(
+            f"MODEL.FPN.NORM is {name!r}; allowed are '' for none, BN, SyncBN, FrozenBN, GN and LN"
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"MODEL.FPN.NORM is {name!r}, which {channels} channels (from {key}) cannot have: {error}"
+        ) from error

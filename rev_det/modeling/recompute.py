@@ -1,7 +1,7 @@
 """Evaluating a module a second time in the backward pass, exactly as it was evaluated the first time.
 
-`CallRecord` notes what a call depends on besides its inputs (autocast, random generators) and what is too
-dear to compute twice (fused attention). `branch_forward` adds a module's result to a stream;
+`CallRecord` notes what a call depends on besides its inputs (autocast, random generators, training flags) and
+what is too dear to compute twice (fused attention). `branch_forward` adds a module's result to a stream;
 `branch_backward` repeats that, adds up the gradients and, if asked, takes the result off the stream again.
 `recompute` is activation checkpointing for one module, built on the same.
 
@@ -135,8 +135,10 @@ class _AttentionOps(TorchDispatchMode):
 class CallRecord:
     """How one module call was made, so that `again` repeats it with the same result.
 
-    Kept: the autocast state, the generator states if the call drew random numbers (the call is repeated with
-    them, and the global generators are left as they were), and the fused-attention results if asked for.
+    Kept: the autocast state, ``training`` of every submodule, the generator states if the call drew random
+    numbers (the call is repeated with them, and the global generators are left as they were), and the
+    fused-attention results if asked for. While a CUDA graph is captured the device's generator can be neither
+    read nor set: the call must not draw from it then.
 
     Args:
         device: where the call computes.
@@ -153,10 +155,12 @@ class CallRecord:
             if torch.amp.is_autocast_available(kind)
         ]
         self.generators: list[Tensor] | None = None
+        self.training: list[bool] = []  # of each submodule
         self.attention: list[list[tuple]] = []  # for each call, the results of its kernel
 
     def first(self, module: nn.Module, *inputs) -> Tensor:
         """Call the module without gradients and note what a repetition needs."""
+        self.training = [m.training for m in module.modules()]
         watch_generators = not any(isinstance(x, FakeTensor) for x in inputs)
         before = self._generator_states() if watch_generators else []
         with ExitStack() as stack:
@@ -174,12 +178,10 @@ class CallRecord:
         with ExitStack() as stack:
             self._enter_autocast(stack)
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(_training_flags(module, self.training))
             if self.generators is not None:
-                cuda = [self.device] if self.device.type == "cuda" else []
-                stack.enter_context(torch.random.fork_rng(devices=cuda))
-                torch.set_rng_state(self.generators[0])
-                if cuda:
-                    torch.cuda.set_rng_state(self.generators[1], self.device)
+                stack.callback(self._set_generators, self._generator_states())
+                self._set_generators(self.generators)
             if self.keep_attention:
                 stack.enter_context(_AttentionTape(self.attention, replay=True))
             if gradient_only:
@@ -194,9 +196,15 @@ class CallRecord:
 
     def _generator_states(self) -> list[Tensor]:
         states = [torch.get_rng_state()]
-        if self.device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self.device))
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self.device.type not in ("cpu", "meta") and not capturing:
+            states.append(torch.get_device_module(self.device).get_rng_state(self.device))
         return states
+
+    def _set_generators(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.get_device_module(self.device).set_rng_state(state, self.device)
 
 
 class ParameterGradients:
@@ -226,8 +234,8 @@ class Branch:
     @classmethod
     def of(cls, module: nn.Module, dim: int, size: int, chunks: int) -> Branch:
         """For at most ``chunks`` equal parts of ``size`` positions; the last may be shorter."""
-        length = -(-size // chunks)
-        parts = [(start, min(length, size - start)) for start in range(0, size, length)]
+        length = max(1, -(-size // chunks))
+        parts = [(start, min(length, size - start)) for start in range(0, max(1, size), length)]
         return cls(module, dim, parts, parameters=[p for p in module.parameters() if p.requires_grad])
 
     def part(self, x: Tensor | None, i: int) -> Tensor | None:
@@ -288,9 +296,11 @@ def branch_backward(
         input_grads: one tensor for each input, to which its gradient is added in place, or None.
         mask: as in the first call.
         subtract_from: if given, y is subtracted from it in place (this is the inversion); if not, the value
-            of y is not needed and the product of a final `OutputLinear` is skipped.
+            of y is not needed and the product of a final `OutputLinear` is skipped (unless forward hooks,
+            which may do anything with it, are there).
     """
     module = branch.module
+    hooked = any(m._forward_hooks for m in module.modules())
     present = set(module.parameters())
     if not present.issuperset(branch.parameters):
         raise RuntimeError(
@@ -303,7 +313,7 @@ def branch_backward(
             branch.part(x, i).detach().requires_grad_(sums is not None) if isinstance(x, Tensor) else x
             for x, sums in zip(inputs, input_grads, strict=True)
         ]
-        y = record.again(module, *leaves, gradient_only=subtract_from is None)
+        y = record.again(module, *leaves, gradient_only=subtract_from is None and not hooked)
         if subtract_from is not None:
             add_(branch.part(subtract_from, i), y.detach(), branch.part(mask, i), sign=-1)
         dy = branch.part(grad, i)
@@ -381,10 +391,11 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        inputs, parameters = ctx.saved_tensors[: ctx.num_inputs], ctx.saved_tensors[ctx.num_inputs :]
+        inputs = ctx.saved_tensors[: ctx.num_inputs]
         wanted = ctx.needs_input_grad[3 : 3 + ctx.num_inputs]
         input_grads = [torch.zeros_like(x) if w else None for x, w in zip(inputs, wanted, strict=True)]
-        sums = ParameterGradients(parameters)
+        # Not the saved ones: what hooks on saved tensors return are not the parameters themselves.
+        sums = ParameterGradients(ctx.branch.parameters)
         branch_backward(ctx.branch, inputs, dy, sums, input_grads)
         return None, None, None, *input_grads, *sums.sums
 
@@ -395,6 +406,19 @@ def _leaf(x):
 
 def _detached(result: Sequence) -> tuple:
     return tuple(x.detach() if isinstance(x, Tensor) else x for x in result)
+
+
+@contextmanager
+def _training_flags(module: nn.Module, flags: Sequence[bool]) -> Iterator[None]:
+    """Give the submodules these values of ``training`` for a while."""
+    changed = [m for m, flag in zip(module.modules(), flags, strict=True) if m.training != flag]
+    for m in changed:
+        m.training = not m.training
+    try:
+        yield
+    finally:
+        for m in changed:
+            m.training = not m.training
 
 
 @contextmanager

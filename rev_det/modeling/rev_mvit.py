@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..checks import check_count, check_pair, is_whole
 from .attention import MultiHeadPoolingAttention
 from .backbone import TRANSITIONS, ReversibleBackbone, to_feature_map
 from .fusion import ScaleNorm, build_fusion
 from .layers import AttentionBranch, MlpBranch, ReversibleBlock, to_autocast_dtype
 from .recompute import recompute, token_chunks
-from .reversible import run_blocks
 
 Q_STRIDE = 2  # of every stage transition
 
@@ -169,6 +169,8 @@ class RevMViT(ReversibleBackbone):
             in_chans=in_chans,
             embed_dim=embed_dim,
             depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
             drop_path_rate=drop_path_rate,
             pretrain_img_size=pretrain_img_size,
             activations=activations,
@@ -177,8 +179,8 @@ class RevMViT(ReversibleBackbone):
         _check_stages(last_block_indexes, depth)
         if transitions not in TRANSITIONS:
             raise ValueError(f"transitions must be one of {', '.join(TRANSITIONS)}; got {transitions!r}")
-        if adaptive_kv_stride < 1:
-            raise ValueError(f"adaptive_kv_stride must be at least 1, got {adaptive_kv_stride}")
+        check_pair("qkv_pool_kernel", qkv_pool_kernel)
+        check_count("adaptive_kv_stride", adaptive_kv_stride)
         scales = [f"scale{i + 2}" for i in range(len(last_block_indexes))]
         unknown = [name for name in out_features if name not in scales]
         if unknown or not out_features:
@@ -235,18 +237,10 @@ class RevMViT(ReversibleBackbone):
         for stage, last in enumerate(self.last_block_indexes):
             if stage:
                 transition, mask = self.blocks[first], masks[first]
-                x1 = x2 = transition(x1, x2, hw, mask, self.checkpoint_transitions, self.keep_attention)
+                x = transition(x1, x2, hw, mask, self.checkpoint_transitions, self.keep_attention)
                 hw = tuple(-(-n // Q_STRIDE) for n in hw)
                 first += 1
-            x1, x2 = run_blocks(
-                self.blocks[first : last + 1],
-                x1,
-                x2,
-                hw,
-                masks=masks[first : last + 1],
-                activations=self.activations,
-                keep_attention=self.keep_attention,
-            )
+            x1, x2 = self.run(first, last, x, hw, masks=masks)
             first = last + 1
             name = f"scale{stage + 2}"
             if name in self._out_features:
@@ -261,10 +255,14 @@ def _masked_sum(x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
 
 def _check_stages(last_block_indexes: tuple[int, ...], depth: int) -> None:
     allowed = (
-        f"last_block_indexes must increase, leave every stage a reversible block (every stage but the first "
-        f"also has a transition, so steps are at least 2) and end with depth - 1 = {depth - 1}"
+        "last_block_indexes must be whole numbers that increase, leave every stage a reversible block "
+        "(every stage but the first also has a transition, so steps are at least 2) and end with "
+        f"depth - 1 = {depth - 1}"
     )
-    starts = (-2, *last_block_indexes)
-    steps = [b - a for a, b in zip(starts, last_block_indexes, strict=False)]
-    if not last_block_indexes or min(steps) < 2 or last_block_indexes[-1] != depth - 1:
-        raise ValueError(f"{allowed}; got {tuple(last_block_indexes)}")
+    valid = bool(last_block_indexes) and all(map(is_whole, last_block_indexes))
+    if valid:
+        starts = (-2, *last_block_indexes)
+        steps = [b - a for a, b in zip(starts, last_block_indexes, strict=False)]
+        valid = min(steps) >= 2 and last_block_indexes[-1] == depth - 1
+    if not valid:
+        raise ValueError(f"{allowed}; got {last_block_indexes!r}")

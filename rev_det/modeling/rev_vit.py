@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..checks import check_count
 from .attention import MultiHeadAttention
 from .backbone import ReversibleBackbone, pad_to_multiple, to_feature_map
 from .fusion import ScaleNorm
 from .layers import ReversibleBlock
-from .reversible import run_blocks
 
 
 class RevViT(ReversibleBackbone):
@@ -57,6 +57,7 @@ class RevViT(ReversibleBackbone):
         termination: str = "concat-norm",
         inner_residual: bool = False,
     ):
+        check_count("patch_size", patch_size)
         super().__init__(
             patch_kernel=(patch_size, patch_size),
             patch_stride=(patch_size, patch_size),
@@ -64,6 +65,8 @@ class RevViT(ReversibleBackbone):
             in_chans=in_chans,
             embed_dim=embed_dim,
             depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
             drop_path_rate=drop_path_rate,
             pretrain_img_size=pretrain_img_size,
             activations=activations,
@@ -93,13 +96,5 @@ class RevViT(ReversibleBackbone):
             {out_feature: (B, 2 * embed_dim, ceil(H / patch_size), ceil(W / patch_size))}.
         """
         x, hw = self.embed(pad_to_multiple(images, self.patch_size))
-        y1, y2 = run_blocks(
-            self.blocks,
-            x,
-            x,
-            hw,
-            masks=self.draw_masks(x),
-            activations=self.activations,
-            keep_attention=self.keep_attention,
-        )
+        y1, y2 = self.run(0, len(self.blocks) - 1, x, hw, masks=self.draw_masks(x))
         return {self._out_features[0]: to_feature_map(self.normalise(self.norm, y1, y2), hw)}

@@ -33,6 +33,7 @@ from .recompute import (
 
 ACTIVATIONS = ("reversible", "cached", "checkpoint")
 Masks = Sequence[tuple[Tensor | None, Tensor | None]]
+_SAVED = object()  # stands for a tensor that torch saves
 
 
 class ReversibleSequence(nn.Module):
@@ -41,6 +42,9 @@ class ReversibleSequence(nn.Module):
     Each block is a module with two submodules, ``F(x, *args)`` and ``G(x)``, that return a tensor of x's
     shape. They need no inner skip connection and may contain anything deterministic, dropout, and fused
     attention. What they read besides inputs, parameters and buffers gets no gradient; double backward raises.
+    The rebuild repeats the random numbers, autocast state and ``training`` flags of the forward pass. It is a
+    second evaluation all the same: forward hooks run again, and BatchNorm updates its running statistics
+    again (momentum ``1 - (1 - m) ** 0.5`` makes two updates as large as one with m).
 
     To bound the working memory, a G that treats the positions along dimension 1 independently may have a
     method ``token_chunks(x) -> int``, and an F that treats samples independently ``sample_chunks(x) -> int``:
@@ -132,6 +136,24 @@ def run_blocks(
     return _run_reversible(blocks, masks, keep_attention, x1, x2, args)
 
 
+@torch.no_grad()
+def invert_blocks(
+    blocks: Sequence[nn.Module], y1: Tensor, y2: Tensor, *args, masks: Masks | None = None
+) -> tuple[Tensor, Tensor]:
+    """The inputs of `run_blocks`, without gradients, from its outputs; the blocks must not draw at random.
+
+    Args:
+        blocks, args, masks: as `run_blocks` was given them.
+        y1, y2: what it returned, in the same precision.
+    """
+    masks = [(None, None)] * len(blocks) if masks is None else list(masks)
+    for block, (mask_f, mask_g) in zip(reversed(blocks), reversed(masks), strict=True):
+        x2 = y2 - _masked(block.G(y1), mask_g)
+        x1 = y1 - _masked(block.F(x2, *args), mask_f)
+        y1, y2 = x1, x2
+    return y1, y2
+
+
 def check_activations(activations: str) -> None:
     if activations not in ACTIVATIONS:
         raise ValueError(f"activations must be one of {', '.join(ACTIVATIONS)}; got {activations!r}")
@@ -209,7 +231,7 @@ class _Reversible(torch.autograd.Function):
         needs_y2 = start is None or len(run.blocks) > 1
         run.outputs = [(y.detach(), y._version) for y in ((y1, y2) if needs_y2 else (y1,))]
         ctx.run = run
-        ctx.args = [None if isinstance(a, Tensor) else a for a in args]
+        ctx.args = [_SAVED if isinstance(a, Tensor) else a for a in args]
         # Saved parameters are not read, but torch then notices if they were changed in between.
         tensor_args = [a for a in args if isinstance(a, Tensor)]
         ctx.save_for_backward(start, *(m for pair in masks for m in pair), *tensor_args, *run.parameters)
@@ -222,7 +244,7 @@ class _Reversible(torch.autograd.Function):
         start, *saved = ctx.saved_tensors
         saved = iter(saved)
         masks = [(next(saved), next(saved)) for _ in blocks]
-        args = [next(saved) if a is None else a for a in ctx.args]
+        args = [next(saved) if a is _SAVED else a for a in ctx.args]
         (y1, *y2), branches = run.take()
         y2 = y2[0] if y2 else None
 
@@ -233,7 +255,8 @@ class _Reversible(torch.autograd.Function):
         # Below the first block that trains anything nothing has to be rebuilt.
         last = 0
         if not needs_x and not any(wants_arg):
-            last = next(i for i, b in enumerate(blocks) if any(p.requires_grad for p in b.parameters()))
+            trains = (i for i, b in enumerate(blocks) if any(p.requires_grad for p in b.parameters()))
+            last = next(trains, len(blocks))
 
         # dy1 and dy2 become the gradients of the streams rebuilt so far.
         dy1, dy2 = dy1.clone(), dy2.clone()
@@ -272,6 +295,10 @@ def _graph_is_kept() -> bool:
     """Whether the backward pass that is running was asked to retain its graph."""
     is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if is_kept is None else is_kept()
+
+
+def _masked(y: Tensor, mask: Tensor | None) -> Tensor:
+    return y if mask is None else y * _broadcastable(mask, y)
 
 
 def _broadcastable(mask: Tensor | None, x: Tensor) -> Tensor | None:

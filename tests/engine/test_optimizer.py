@@ -1,5 +1,7 @@
 """Parameter groups, optimizers and gradient clipping."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from detectron2.layers.batch_norm import LayerNorm as ChannelsFirstLayerNorm
@@ -7,6 +9,8 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from rev_det.engine import build_gradient_clipper, build_optimizer, check_param_groups, load_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 class Toy(nn.Module):
@@ -124,9 +128,50 @@ def test_norm_and_value_clipping_are_detectron2s(cfg):
     torch.testing.assert_close(second, torch.tensor([0.6, 0.8]))
 
 
-def test_clipping_is_off_or_of_a_known_type(cfg):
-    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
-    assert build_gradient_clipper(cfg) is None
+@pytest.mark.parametrize("clip_type", ["off", "full_model", "norm", "value"])
+def test_clippers_return_the_norm_that_all_gradients_had_together(cfg, clip_type):
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    clip.ENABLED = clip_type != "off"
+    clip.CLIP_TYPE, clip.CLIP_VALUE = (clip_type, 1.0) if clip.ENABLED else (clip.CLIP_TYPE, 1.0)
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(3))]
+    parameters[0].grad, parameters[1].grad = torch.tensor([2.0, 0.0]), torch.tensor([1.5])
+    assert build_gradient_clipper(cfg)(parameters).item() == pytest.approx(2.5)
+    largest = max(p.grad.abs().max().item() for p in parameters[:2])
+    assert largest == pytest.approx({"off": 2.0, "full_model": 0.8, "norm": 1.0, "value": 1.0}[clip_type])
+
+
+def test_clipping_is_of_a_known_type(cfg):
     cfg.SOLVER.CLIP_GRADIENTS.merge_from_list(["ENABLED", True, "CLIP_TYPE", "global"])
     with pytest.raises(ValueError, match="CLIP_TYPE is 'global'; allowed are full_model, norm, value"):
         build_gradient_clipper(cfg)
+
+
+@pytest.mark.parametrize("family", ["mvit", "vit"])
+def test_layer_decay_lowers_the_rate_from_block_to_block(family, tiny_dataset):
+    config = str(CONFIGS / f"Quickstart/mask_rcnn_rev_{family}_nano_fpn.yaml")
+    opts = ["DATASETS.TRAIN", "('tiny',)", "DATASETS.TEST", "()", "MODEL.DEVICE", "cpu"]
+    cfg = load_config(config, [*opts, "SOLVER.LAYER_DECAY", "0.5", "SOLVER.BASE_LR", "1.0"], [tiny_dataset])
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rates = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    depth = (cfg.MODEL.REV_MVIT if family == "mvit" else cfg.MODEL.REV_VIT).DEPTH
+    seen = set()
+    for name, rate in rates.items():
+        if ".blocks." in name:
+            block = int(name.partition(".blocks.")[2].partition(".")[0])
+            seen.add(block)
+            # The last block is one step below the heads.
+            assert rate == pytest.approx(0.5 ** (depth - block)), name
+        elif "pos_embed" in name or "patch_embed" in name:
+            assert rate == pytest.approx(0.5 ** (depth + 1)), name
+        elif not name.startswith("backbone"):
+            assert rate == 1.0, name
+    assert seen == set(range(depth))
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.5])
+def test_a_layer_decay_out_of_range_is_an_error(cfg, decay):
+    cfg.SOLVER.LAYER_DECAY = decay
+    with pytest.raises(ValueError, match=f"LAYER_DECAY is {decay}; it must be above 0"):
+        build_optimizer(cfg, Toy())

@@ -13,7 +13,7 @@ from PIL import Image
 
 from rev_det import add_rev_det_config
 from rev_det.engine import draw_curves, draw_predictions
-from rev_det.engine.pictures import read_metrics
+from rev_det.engine.metrics import read_metrics
 
 
 def write_metrics(path, iterations, **values):

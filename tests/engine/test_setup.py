@@ -1,12 +1,14 @@
 """From a command line to a checked config: what is settled, and what is refused."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from detectron2.modeling import build_model
 
-from rev_det.engine import argument_parser, check_run, load_config
+from rev_det.engine import argument_parser, check_run, load_config, main
 
 TINY = ("DATASETS.TRAIN", "('tiny',)", "DATASETS.TEST", "('tiny',)")
 
@@ -93,11 +95,127 @@ def test_bad_keys_and_values_are_named(check, opts, message):
 
 
 @pytest.mark.parametrize(
+    "key, values",
+    {
+        "SOLVER.MAX_ITER": ("0", "-5", "1.5", "True", "None", "''"),
+        "SOLVER.IMS_PER_BATCH": ("0", "-2"),
+        "SOLVER.ACCUMULATE": ("0",),
+        "SOLVER.CHECKPOINT_PERIOD": ("0", "-1"),
+        "SOLVER.WARMUP_ITERS": ("-1",),
+        "SOLVER.WARMUP_FACTOR": ("-1.0",),
+        "SOLVER.BASE_LR": ("0.0", "-1.0", "1e400", "1", "fast", "None"),
+        "SOLVER.BASE_LR_END": ("5.0", "-1.0"),
+        "SOLVER.WEIGHT_DECAY": ("-0.1",),
+        "SOLVER.WEIGHT_DECAY_NORM": ("-0.1",),
+        "SOLVER.WEIGHT_DECAY_BIAS": ("-0.1",),
+        "SOLVER.GAMMA": ("0.0",),
+        "SOLVER.STEPS": ("('a',)", "(5, 3)", "(3, 3)", "(0,)", "5", "None"),
+        "SOLVER.BETAS": ("(0.9,)", "(0.9, 1.5)", "('a', 'b')", "None"),
+        "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": ("0.0", "-1.0"),
+        "SOLVER": ("foo", "{}"),
+        "DATALOADER.SAMPLER_TRAIN": ("foo", "RandomSubsetTrainingSampler"),
+        "DATALOADER.NUM_WORKERS": ("-1",),
+        "DATALOADER.REPEAT_THRESHOLD": ("-1.0",),
+        "DATASETS.TRAIN": ("tiny", "None"),
+        "INPUT.FORMAT": ("foo", "''", "1"),
+        "INPUT.MASK_FORMAT": ("foo",),
+        "INPUT.RANDOM_FLIP": ("foo",),
+        "INPUT.MIN_SIZE_TRAIN": ("()", "64", "('64',)"),
+        "INPUT.MAX_SIZE_TEST": ("0",),
+        "INPUT.AUGMENTATION": ("foo",),
+        "MODEL.PIXEL_MEAN": ("[1.0, 2.0]", "[]", "None"),
+        "MODEL.PIXEL_STD": ("[0.0, 1.0, 1.0]", "['a', 'b', 'c']"),
+        "MODEL.LOAD_PROPOSALS": ("True",),
+        "MODEL.REV_MVIT.EMBED_DIM": ("-8", "0", "True"),
+        "MODEL.REV_MVIT.PATCH_STRIDE": ("(0, 0)", "(4, 8)"),
+        "MODEL.REV.FREEZE_AT": ("-1", "99"),
+        "MODEL.FPN.IN_FEATURES": ("p2", "['p2']", "['scale2', 'scale4']", "['scale3', 'scale2']", "[1]"),
+        "MODEL.FPN.NORM": ("FOO",),
+        "MODEL.FPN.OUT_CHANNELS": ("0", "-4", "48"),
+        "MODEL.FPN.FUSE_TYPE": ("max",),
+        "MODEL.RPN.IN_FEATURES": ("['res4']", "['p9']"),
+        "MODEL.ROI_HEADS.IN_FEATURES": ("['p9']",),
+        "MODEL.ANCHOR_GENERATOR.SIZES": ("[[8], [16]]",),
+        "TEST.EXPECTED_RESULTS": ("[1]", "[['bbox', 'AP', 50.0]]"),
+        "OUTPUT_DIR": ("''", __file__),
+    }.items(),
+)
+def test_values_that_a_run_would_stumble_over_are_named_with_their_key(check, key, values):
+    for value in values:
+        with pytest.raises(ValueError, match=key.replace(".", r"\.")):
+            check(key, value)
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (
+            ("MODEL.FPN.IN_FEATURES", "['scale2']"),
+            r"MODEL.RPN.IN_FEATURES has \['p4', .*allowed are \['p2', 'p3'\]",
+        ),
+        (("MODEL.BACKBONE.NAME", "build_rev_mvit_backbone"), "MODEL.RPN.IN_FEATURES has .*'p2'.*'scale5'"),
+        (("MODEL.ROI_BOX_HEAD.NUM_FC", "0"), "cannot be built: `assert .*` failed"),
+        (("MODEL.ANCHOR_GENERATOR.SIZES", "[['a']]"), "cannot be built: unsupported operand"),
+        (("MODEL.ROI_BOX_HEAD.FC_DIM", "-1"), "cannot be built: .*negative dimension"),
+        (("MODEL.KEYPOINT_ON", "True"), "cannot be built: .*keypoint_names"),
+    ],
+)
+def test_what_cannot_be_built_is_said_in_detectron2s_words_or_better_ones(check, opts, message):
+    with pytest.raises(ValueError, match=message):
+        check(*opts)
+
+
+def test_values_with_a_meaning_of_their_own_pass(check):
+    check("INPUT.MIN_SIZE_TRAIN", "(0,)", "INPUT.MIN_SIZE_TEST", "0", "SOLVER.WEIGHT_DECAY_BIAS", "None")
+    check("INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", "[100.0]", "MODEL.PIXEL_STD", "[50.0]")
+    check("TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 50.0, 1.0]]", "TEST.EVAL_PERIOD", "-1")
+
+
+@pytest.fixture
+def own_data(tiny_dataset, tmp_path):
+    """A copy of the tiny set, as its annotations, a function to write them, and the images' folder."""
+    _, _, paths = tiny_dataset.partition("=")
+    annotations, _, images = paths.partition(":")
+    folder = shutil.copytree(images, tmp_path / "images")
+    content = json.loads(Path(annotations).read_text())
+    file = tmp_path / "own.json"
+    return content, lambda: file.write_text(json.dumps(content)), folder, f"own={file}:{folder}"
+
+
+@pytest.mark.parametrize("key", ["DATASETS.TRAIN", "DATASETS.TEST"])
+def test_an_image_that_is_none_is_found_before_anything_is_written(
+    own_data, tiny_run, nano_mvit, capsys, key
+):
+    content, write, folder, dataset = own_data
+    write()
+    name = content["images"][-1]["file_name"]
+    (folder / name).write_text("<html>not found</html>")
+    code = main(tiny_run(nano_mvit, key, "('own',)", options=("--dataset", dataset)))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2 and error.startswith("error: image ") and f"{name} (image_id" in error
+    assert "cannot be decoded" in error
+    assert not (folder.parent / "output").exists()
+
+
+def test_training_data_of_crowd_regions_alone_are_an_error(own_data, tiny_run, nano_mvit, capsys):
+    content, write, folder, dataset = own_data
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+    write()
+    assert main(tiny_run(nano_mvit, "DATASETS.TRAIN", "('own',)", options=("--dataset", dataset))) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        f"DATASETS.TRAIN is ('own',), where all {len(content['annotations'])} annotations are crowd" in error
+    )
+    assert not (folder.parent / "output").exists()
+
+
+@pytest.mark.parametrize(
     "options, opts, message",
     [
         (("--num-gpus", "0"), (), "--num-gpus 0 .*at least 1"),
         (("--num-gpus", "99"), ("MODEL.DEVICE", "cuda"), r"--num-gpus is 99, but this machine has \d+ CUDA"),
-        (("--num-gpus", "3"), ("MODEL.DEVICE", "cpu"), "IMS_PER_BATCH is 8, which 3 processes cannot share"),
+        (("--num-gpus", "3"), ("MODEL.DEVICE", "cpu"), "IMS_PER_BATCH is 8, which 3 processes"),
         (("--num-machines", "2", "--machine-rank", "2"), (), "--machine-rank 2 must be from 0 to 1"),
         (("--num-machines", "2"), (), "--num-machines above 1 needs --dist-url"),
         (("--eval-only",), (), "no weights to evaluate: set MODEL.WEIGHTS"),

@@ -1,6 +1,7 @@
 """One optimizer step."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from rev_det.engine import Precision, TrainStep
+from rev_det.engine.optimizer import total_norm
+from rev_det.engine.train_step import NonFiniteError
 
 
 class TwoLosses(nn.Module):
@@ -29,14 +32,17 @@ BATCH = torch.tensor([[1.0, 2.0, 3.0], [3.0, -1.0, 5.0]])
 
 
 def clip_to_half(parameters):
-    clip_grad_norm_(parameters, 0.5)
+    return clip_grad_norm_(parameters, 0.5)
 
 
 FLOAT32 = Precision("cpu")
 
 
-def make_step(model: nn.Module, precision: Precision = FLOAT32, clip=clip_to_half) -> TrainStep:
-    return TrainStep(model, [BATCH] * 3, torch.optim.SGD(model.parameters(), lr=0.1), precision, clip)
+def make_step(
+    model: nn.Module, precision: Precision = FLOAT32, clip=clip_to_half, batches=(BATCH,) * 3, **options
+) -> TrainStep:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return TrainStep(model, batches, optimizer, precision, clip, **options)
 
 
 def run(step: TrainStep, iterations: int = 1) -> EventStorage:
@@ -84,7 +90,7 @@ def test_a_loss_scale_changes_neither_the_step_nor_the_clipping():
 def test_without_a_clipper_gradients_are_left_alone():
     model = TwoLosses()
     start = copy.deepcopy(model)
-    run(make_step(model, clip=None))
+    run(make_step(model, clip=total_norm))
     moved = sum((p - q).square().sum() for p, q in zip(model.parameters(), start.parameters(), strict=True))
     assert moved.sqrt() > 0.1 * 0.5 * 2
 
@@ -102,7 +108,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(value):
     model = TwoLosses(scale=value)
     start = copy.deepcopy(model)
     with pytest.raises(
-        FloatingPointError, match="iteration 0, on process 0 they are: loss_a .*, loss_b (nan|inf)"
+        FloatingPointError, match=r"iteration 0: loss_b is (nan|inf) for a batch \(process 0\)"
     ):
         run(make_step(model))
     assert_same(model, start)
@@ -131,3 +137,91 @@ def test_a_run_without_a_loss_scale_can_go_on_with_one():
     step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     step.load_state_dict(state)
     assert step.grad_scaler.get_scale() == 2.0**12
+
+
+@pytest.mark.parametrize("scale", [None, 2.0**12])
+def test_accumulated_batches_make_the_step_of_the_big_batch(scale):
+    big, small = TwoLosses(), TwoLosses()
+    steps = [make_step(big), make_step(small, batches=[BATCH[:1], BATCH[1:]] * 3, accumulate=2)]
+    for step in steps:
+        if scale:
+            step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        step.optimizer = torch.optim.AdamW(step.model.parameters(), lr=0.1)
+    one, two = (run(step, iterations=3) for step in steps)
+    assert_same(big, small)
+    for name in ("loss_a", "loss_b", "total_loss"):
+        assert one.history(name).latest() == pytest.approx(two.history(name).latest())
+
+
+class NoGradient(nn.Module):
+    """A finite loss with a gradient that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.weight.sqrt().sum()}
+
+
+@pytest.mark.parametrize("clip", [clip_to_half, total_norm])
+def test_a_gradient_that_is_not_finite_stops_before_the_update(clip):
+    model = NoGradient()
+    with pytest.raises(NonFiniteError, match="the losses are finite but not their gradient"):
+        run(make_step(model, clip=clip))
+    assert model.weight.item() == 0
+
+
+def infinite_at(*iterations: int, of: int) -> list[torch.Tensor]:
+    return [BATCH * float("inf") if i in iterations else BATCH for i in range(of)]
+
+
+def test_with_a_loss_scale_steps_that_overflow_are_skipped():
+    model = TwoLosses()
+    expected = by_hand(by_hand(model))
+    step = make_step(model, batches=infinite_at(1, of=3))
+    step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    storage = run(step, iterations=3)
+    assert_same(model, expected)
+    assert storage.history("grad_scale").latest() == 2.0**11
+    assert [i for _, i in storage.history("total_loss").values()] == [0, 2]
+
+
+def test_with_a_loss_scale_too_many_skipped_steps_in_a_row_stop():
+    step = make_step(TwoLosses(), batches=infinite_at(0, 2, 3, 4, of=5), max_skipped_steps=2)
+    step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    with pytest.raises(NonFiniteError, match="iteration 4 after 2 skipped steps: loss_a is (inf|nan)"):
+        run(step, iterations=5)
+    assert step.iter == 4
+
+
+class OfRecords(TwoLosses):
+    """`TwoLosses` of a batch in Detectron2's format."""
+
+    def forward(self, records: list[dict]) -> dict[str, torch.Tensor]:
+        return super().forward(torch.stack([record["image"] for record in records]))
+
+
+def test_what_failed_is_told_with_its_images():
+    good, bad = BATCH[0], BATCH[1] * float("nan")
+    batches = [
+        [{"image": good, "file_name": "a.jpg"}, {"image": good, "file_name": "b.jpg"}],
+        [{"image": good, "file_name": "c.jpg"}, {"image": bad, "file_name": "d.jpg"}],
+    ]
+    with pytest.raises(NonFiniteError) as caught:
+        run(make_step(OfRecords(), batches=batches, accumulate=2))
+    assert "iteration 0: loss_a is nan, loss_b is nan for c.jpg, d.jpg (process 0)" in str(caught.value)
+    assert "a.jpg" not in str(caught.value)
+    (process,) = caught.value.report["processes"]
+    assert process["images"] == [["a.jpg", "b.jpg"], ["c.jpg", "d.jpg"]]
+    assert [losses["loss_a"] == "nan" for losses in process["losses"]] == [False, True]
+    assert json.loads(json.dumps(caught.value.report)).keys() == caught.value.report.keys()
+
+
+def test_a_request_to_stop_is_known_after_the_step():
+    step = make_step(TwoLosses())
+    run(step)
+    assert not step.stopping
+    step = make_step(TwoLosses(), stop_requested=lambda: True)
+    run(step)
+    assert step.stopping

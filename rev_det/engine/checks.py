@@ -1,0 +1,234 @@
+"""What a config or a command line can get wrong in a run, found before anything is written."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import os
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_backbone
+
+from ..checks import check_choice, check_count, is_finite, is_whole
+from ..data import RevDatasetMapper
+from ..data.coco import registered_summary
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+# What Detectron2 and torch raise where a config is wrong: most asserts have no message, registries raise
+# KeyError, and sizes come to light as what they break.
+BUILD_ERRORS = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ZeroDivisionError,
+)
+
+
+def check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Check how many processes there are, where, and that they can share a batch.
+
+    Raises:
+        ValueError: arguments are out of range, or do not go together.
+    """
+    if args.num_gpus < 1 or args.num_machines < 1:
+        raise ValueError(
+            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: both must be at least 1 "
+            "(MODEL.DEVICE cpu trains without a GPU)"
+        )
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise ValueError(f"--machine-rank {args.machine_rank} must be from 0 to {args.num_machines - 1}")
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ValueError(
+            "--num-machines above 1 needs --dist-url, the same on all: tcp://ADDRESS_OF_MACHINE_0:PORT"
+        )
+    processes, accumulate = args.num_gpus * args.num_machines, cfg.SOLVER.ACCUMULATE
+    if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % (processes * accumulate):
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {processes} processes with "
+            f"SOLVER.ACCUMULATE {accumulate} cannot share equally; set it to a multiple of "
+            f"{processes * accumulate}"
+        )
+
+
+def check_solver(cfg: CfgNode) -> None:
+    """Check the numbers of ``SOLVER`` that a training loop, or a schedule, would stumble over or misread.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    solver = cfg.SOLVER
+    for key in ("MAX_ITER", "IMS_PER_BATCH", "ACCUMULATE", "CHECKPOINT_PERIOD"):
+        check_count(f"SOLVER.{key}", solver[key])
+    check_count("SOLVER.WARMUP_ITERS", solver.WARMUP_ITERS, minimum=0)
+    _check_number("SOLVER.BASE_LR", solver.BASE_LR, above=0)
+    if not is_finite(solver.BASE_LR_END) or not 0 <= solver.BASE_LR_END <= solver.BASE_LR:
+        raise ValueError(
+            f"SOLVER.BASE_LR_END is {solver.BASE_LR_END!r}; it must be 0 to SOLVER.BASE_LR, {solver.BASE_LR}"
+        )
+    for key in ("WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS"):
+        if solver[key] is not None:  # as WEIGHT_DECAY
+            _check_number(f"SOLVER.{key}", solver[key], least=0)
+    _check_number("SOLVER.GAMMA", solver.GAMMA, above=0)
+    _check_number("SOLVER.WARMUP_FACTOR", solver.WARMUP_FACTOR, least=0)
+    if solver.CLIP_GRADIENTS.ENABLED:
+        _check_number("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", solver.CLIP_GRADIENTS.CLIP_VALUE, above=0)
+    steps = solver.STEPS
+    increase = all(map(is_whole, steps)) and all(a < b for a, b in itertools.pairwise((0, *steps)))
+    if not increase:
+        raise ValueError(f"SOLVER.STEPS is {steps!r}; it must be iterations, increasing, the first above 0")
+    betas = solver.BETAS
+    if len(betas) != 2 or not all(is_finite(beta) and 0 <= beta < 1 for beta in betas):
+        raise ValueError(f"SOLVER.BETAS is {betas!r}; it must be two numbers of at least 0 and below 1")
+
+
+def check_training_data(cfg: CfgNode) -> None:
+    """Check that ``DATASETS.TRAIN`` has something to train on, and can be read as ``DATALOADER`` says.
+
+    Raises:
+        FileNotFoundError: a dataset's files do not exist.
+        ValueError: there is no dataset, all its annotations are crowd regions, or a key is out of range.
+    """
+    names = cfg.DATASETS.TRAIN
+    if not names:
+        raise ValueError("DATASETS.TRAIN is empty, there is nothing to train on")
+    check_dataset_files("DATASETS.TRAIN", names)
+    summaries = [registered_summary(name) for name in names]
+    if all(summary and summary.num_instances == summary.num_crowds for summary in summaries):
+        raise ValueError(
+            f"DATASETS.TRAIN is {tuple(names)}, where all {sum(s.num_instances for s in summaries)} "
+            "annotations are crowd regions ('iscrowd' is 1), which are not trained on; annotate objects"
+        )
+    if cfg.MODEL.LOAD_PROPOSALS and len(cfg.DATASETS.PROPOSAL_FILES_TRAIN) != len(names):
+        raise ValueError(
+            "MODEL.LOAD_PROPOSALS is True: DATASETS.PROPOSAL_FILES_TRAIN needs a file per dataset"
+        )
+    loader = cfg.DATALOADER
+    check_count("DATALOADER.NUM_WORKERS", loader.NUM_WORKERS, minimum=0)
+    _check_number("DATALOADER.REPEAT_THRESHOLD", loader.REPEAT_THRESHOLD, least=0)
+    # Those that build_train_loader can resume.
+    check_choice(
+        "DATALOADER.SAMPLER_TRAIN", loader.SAMPLER_TRAIN, ("TrainingSampler", "RepeatFactorTrainingSampler")
+    )
+
+
+def check_dataset_files(key: str, names: Sequence[str]) -> None:
+    """Check that files exist. Datasets of Detectron2's own are not looked at any closer until they are used.
+
+    Raises:
+        FileNotFoundError: naming the file and the dataset, one of ``names`` that ``key`` has.
+    """
+    for name in names:
+        metadata = MetadataCatalog.get(name)
+        for path in (metadata.get("json_file"), metadata.get("image_root")):
+            if path and "://" not in path and not os.path.exists(path):
+                raise FileNotFoundError(
+                    f"{key}: {path} of dataset '{name}' does not exist; "
+                    "DETECTRON2_DATASETS names the folder that holds Detectron2's datasets"
+                )
+
+
+def check_images(cfg: CfgNode, eval_only: bool) -> None:
+    """Check the keys of ``INPUT``, and read a few images of each dataset that ``load_config`` registered.
+
+    Raises:
+        ValueError: a key has a value that is not allowed, or an image cannot be decoded.
+    """
+    with explained():
+        mapper = RevDatasetMapper(cfg, is_train=not eval_only)
+        _check_pixels(cfg)
+    for name in dict.fromkeys([*([] if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]):
+        summary = registered_summary(name)
+        for record in summary.sample if summary else ():
+            mapper.check_readable(record)
+
+
+def check_output(cfg: CfgNode) -> None:
+    """Check that ``OUTPUT_DIR`` can be a folder, and that what ``TEST.EXPECTED_RESULTS`` expects is readable.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if not cfg.OUTPUT_DIR:
+        raise ValueError("OUTPUT_DIR is empty; name a folder, which will be made")
+    if os.path.exists(cfg.OUTPUT_DIR) and not os.path.isdir(cfg.OUTPUT_DIR):
+        raise ValueError(f"OUTPUT_DIR: {cfg.OUTPUT_DIR} is a file; name a folder")
+    for entry in cfg.TEST.EXPECTED_RESULTS:
+        if not isinstance(entry, Sequence) or len(entry) != 4 or not all(map(is_finite, entry[2:])):
+            raise ValueError(
+                f"TEST.EXPECTED_RESULTS has the entry {entry!r}; expected [TASK, METRIC, VALUE, TOLERANCE], "
+                "for example ['bbox', 'AP', 48.0, 0.5]"
+            )
+
+
+@contextlib.contextmanager
+def explained(cfg: CfgNode | None = None) -> Iterator[None]:
+    """What fails while parts are built, as a ValueError that says what can be known of the cause.
+
+    Args:
+        cfg: to look for levels of the pyramid that a head asks for and nothing makes.
+    """
+    try:
+        yield
+    except BUILD_ERRORS as error:
+        problem = _missing_level(cfg, error) if cfg is not None else None
+        raise ValueError(problem or f"the config cannot be built: {_text(error)}") from error
+
+
+def _text(error: Exception) -> str:
+    text = " ".join(map(str, error.args))
+    if "in anchor generator" in text:
+        return (
+            f"{text} MODEL.ANCHOR_GENERATOR.SIZES and ASPECT_RATIOS have one entry, or one for each of the "
+            "head's IN_FEATURES"
+        )
+    if " " in text:
+        return text
+    # An assertion without a message, or a mere key: the line that raised it says more.
+    line = traceback.extract_tb(error.__traceback__)[-1].line
+    return f"{type(error).__name__} {text!r} in `{line}`" if text else f"`{line}` failed"
+
+
+def _missing_level(cfg: CfgNode, error: Exception) -> str | None:
+    if not isinstance(error, KeyError) or not error.args:
+        return None
+    for head in ("RPN", "ROI_HEADS", "RETINANET"):
+        wanted = cfg.MODEL[head].IN_FEATURES
+        if error.args[0] in wanted:
+            levels = list(build_backbone(cfg).output_shape())
+            missing = [name for name in wanted if name not in levels]
+            if missing:
+                return (
+                    f"MODEL.{head}.IN_FEATURES has {missing}, which {cfg.MODEL.BACKBONE.NAME} does not "
+                    f"return; allowed are {levels}"
+                )
+    return None
+
+
+def _check_pixels(cfg: CfgNode) -> None:
+    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+    valid = len(mean) == len(std) and all(map(is_finite, mean)) and all(is_finite(s) and s > 0 for s in std)
+    # One channel is spread over as many as there are means.
+    if not mean or not valid or (len(mean) != 3 and cfg.INPUT.FORMAT != "L"):
+        raise ValueError(
+            f"MODEL.PIXEL_MEAN is {mean!r} and MODEL.PIXEL_STD {std!r}; each must be a number per channel of "
+            f"INPUT.FORMAT {cfg.INPUT.FORMAT}, those of PIXEL_STD above 0"
+        )
+
+
+def _check_number(key: str, value: Any, above: float | None = None, least: float | None = None) -> None:
+    if (
+        not is_finite(value)
+        or (above is not None and value <= above)
+        or (least is not None and value < least)
+    ):
+        bound = f"above {above}" if above is not None else f"of at least {least}"
+        raise ValueError(f"{key} must be a number {bound}, got {value!r}")

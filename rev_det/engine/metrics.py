@@ -1,0 +1,39 @@
+"""The file ``metrics.json`` of a training run."""
+
+from __future__ import annotations
+
+import json
+import os
+
+
+def read_metrics(path: str) -> list[dict[str, float]]:
+    """The records of a ``metrics.json``, by rising iteration.
+
+    A run writes behind the records of earlier ones in the same folder. Where iterations begin anew, be it
+    at 0 or at a checkpoint, the earlier records from there on belong to a run that was given up. The last
+    line of a run that was killed may be incomplete; it is left out.
+
+    Args:
+        path: a file as Detectron2's ``JSONWriter`` makes it, one JSON object per line.
+    """
+    records: list[dict[str, float]] = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            while records and records[-1]["iteration"] >= record["iteration"]:
+                records.pop()
+            records.append(record)
+    return records
+
+
+def end_last_line(path: str) -> None:
+    """Let the next record begin on a line of its own, behind what a killed run may have left unfinished."""
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return
+    with open(path, "rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":
+            file.write(b"\n")

@@ -1,0 +1,100 @@
+"""``summary.json``: what a training run was, and what came of it, in one file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import time
+from typing import Any
+
+import detectron2
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from .. import __version__
+from .amp import Precision
+from .checkpoints import BEST, Evaluation
+from .hooks import peak_memory_mib
+from .metrics import read_metrics
+
+logger = logging.getLogger(__name__)
+
+
+class Summary(HookBase):
+    """Writes ``summary.json`` in ``OUTPUT_DIR`` once training is complete.
+
+    To be registered on all processes, after the hook that writes ``metrics.json``.
+
+    Args:
+        evaluation: the hook that evaluates.
+    """
+
+    def __init__(self, evaluation: Evaluation):
+        self._evaluation = evaluation
+        self._start = 0.0
+
+    def before_train(self) -> None:
+        self._start = time.perf_counter()
+
+    def after_train(self) -> None:
+        # Also called when training failed.
+        if self.trainer.iter < self.trainer.max_iter:
+            return
+        peaks = comm.gather(round(peak_memory_mib(), 1))
+        if not comm.is_main_process():
+            return
+        path = os.path.join(self.trainer.cfg.OUTPUT_DIR, "summary.json")
+        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+            json.dump(self._collect(peaks), file, indent=1)
+        os.replace(f"{path}.tmp", path)
+        logger.info("Summary of the run: %s", path)
+
+    def _collect(self, peaks: list[float]) -> dict[str, Any]:
+        trainer, cfg = self.trainer, self.trainer.cfg
+        records = read_metrics(os.path.join(cfg.OUTPUT_DIR, "metrics.json"))
+        names = {name for record in records for name in record}
+        return {
+            "iterations": trainer.max_iter,
+            "resumed_at_iteration": trainer.start_iter,
+            "images_per_step": cfg.SOLVER.IMS_PER_BATCH,
+            "processes": comm.get_world_size(),
+            "accumulate": cfg.SOLVER.ACCUMULATE,
+            "activations": cfg.MODEL.REV.ACTIVATIONS,
+            "precision": str(Precision.from_config(cfg)),
+            "seconds_since_start_or_resume": round(time.perf_counter() - self._start, 1),
+            "images_per_s_median": _median(records, "[metric]images_per_s"),
+            "peak_memory_mib_by_process": peaks,
+            "peak_memory_is": "allocated on CUDA" if torch.cuda.is_available() else "resident",
+            "last_losses": {name: _last(records, name) for name in sorted(names) if "loss" in name},
+            "largest_inversion_error": max(
+                (r[name] for r in records for name in r if name.startswith("inversion_error/")), default=None
+            ),
+            "metrics": {name: _or_none(value) for name, value in self._evaluation.latest.items()},
+            "best": {**self._evaluation.best, "file": f"{BEST}.pth"} if self._evaluation.best else None,
+            "datasets": {"train": list(cfg.DATASETS.TRAIN), "test": list(cfg.DATASETS.TEST)},
+            "versions": {
+                "rev_det": __version__,
+                "detectron2": detectron2.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        }
+
+
+def _or_none(value: float) -> float | None:
+    """JSON has no NaN, which is the AP of classes without instances."""
+    return None if math.isnan(value) else value
+
+
+def _last(records: list[dict[str, float]], name: str) -> float | None:
+    return next((record[name] for record in reversed(records) if name in record), None)
+
+
+def _median(records: list[dict[str, float]], name: str) -> float | None:
+    values = sorted(record[name] for record in records if name in record)
+    return round(values[len(values) // 2], 3) if values else None

@@ -1,0 +1,229 @@
+"""Runs that are stopped and resumed, and what they keep."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils.env import seed_all_rng
+
+from rev_det.engine import Trainer, argument_parser, load_config
+from rev_det.engine.interruption import Interrupted, StopRequest
+from rev_det.engine.train_step import NonFiniteError
+
+# Drop path, flips and sampled RoIs: what is drawn at random must be drawn again.
+SETTINGS = (
+    "SOLVER.MAX_ITER",
+    "6",
+    "SEED",
+    "5",
+    "MODEL.REV_MVIT.DROP_PATH_RATE",
+    "0.3",
+    "DATASETS.TEST",
+    "()",
+)
+
+
+class At(HookBase):
+    """Does something after an iteration."""
+
+    def __init__(self, iteration: int, action):
+        self.iteration, self.action = iteration, action
+
+    def after_step(self) -> None:
+        if self.trainer.iter == self.iteration:
+            self.action()
+
+
+@pytest.fixture
+def trainer(tiny_run, nano_mvit):
+    """Makes trainers of six iterations, in the same folder unless told otherwise."""
+
+    def make(*opts: str, resume: bool = False, at: int = -1, action=None) -> Trainer:
+        args = argument_parser().parse_args(tiny_run(nano_mvit, *SETTINGS, *opts))
+        # As Detectron2's default_setup does, for the weights of a new model.
+        seed_all_rng(5)
+        trainer = Trainer(load_config(args.config_file, args.opts, args.dataset))
+        trainer.resume_or_load(resume=resume)
+        # Before the hooks that save.
+        trainer._hooks.insert(0, hook := At(at, action))
+        hook.trainer = trainer
+        return trainer
+
+    return make
+
+
+def send(number: int):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def parameters(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_run_that_is_asked_to_stop_and_resumed_ends_as_if_it_had_not_been(trainer, tmp_path, number):
+    whole = tmp_path / "whole"
+    trainer("OUTPUT_DIR", str(whole)).train()
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
+    with pytest.raises(SystemExit) as stopped:
+        # With worker processes that have already loaded ahead.
+        trainer("DATALOADER.NUM_WORKERS", "1", at=1, action=send(number)).train()
+    assert stopped.value.code == 128 + number
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == handlers
+    assert (tmp_path / "output/last_checkpoint").read_text() == "model_0000002.pth"
+    resumed = trainer(resume=True)
+    assert resumed.start_iter == 3
+    resumed.train()
+    assert_equal(parameters(tmp_path / "output/model_final.pth"), parameters(whole / "model_final.pth"))
+
+
+def test_a_resumed_run_without_a_seed_draws_what_it_would_have_drawn(trainer, tmp_path):
+    first = trainer("SEED", "-1", "SOLVER.CHECKPOINT_PERIOD", "3")
+    first.train()
+    ended = parameters(tmp_path / "output/model_final.pth")
+    (tmp_path / "output/last_checkpoint").write_text("model_0000002.pth")
+    trainer("SEED", "-1", resume=True).train()
+    assert_equal(parameters(tmp_path / "output/model_final.pth"), ended)
+
+
+def test_a_run_that_accumulates_is_resumed_exactly(trainer, tmp_path):
+    opts = ("SOLVER.ACCUMULATE", "2", "SOLVER.CHECKPOINT_PERIOD", "3")
+    trainer(*opts).train()
+    ended = parameters(tmp_path / "output/model_final.pth")
+    (tmp_path / "output/last_checkpoint").write_text("model_0000002.pth")
+    trainer(*opts, resume=True).train()
+    assert_equal(parameters(tmp_path / "output/model_final.pth"), ended)
+
+
+def test_while_nothing_has_to_be_saved_a_signal_ends_at_once():
+    stop = StopRequest()
+    with stop.listening(), pytest.raises(Interrupted) as ended:
+        with stop.ending_at_once():
+            send(signal.SIGTERM)()
+            pytest.fail("went on")
+    assert ended.value.code == 128 + signal.SIGTERM
+    # One that came before ends it as well.
+    with pytest.raises(Interrupted), stop.ending_at_once():
+        pytest.fail("went on")
+
+
+def test_other_threads_train_without_handling_signals(trainer):
+    run = trainer("SOLVER.MAX_ITER", "1")
+    thread = threading.Thread(target=run.train)
+    thread.start()
+    thread.join()
+    assert run.iter == 1
+
+
+def test_a_signal_in_an_evaluation_costs_nothing_and_the_evaluation_is_done_on_resuming(
+    trainer, tmp_path, monkeypatch
+):
+    opts = ("DATASETS.TEST", "('tiny',)", "TEST.EVAL_PERIOD", "3")
+    whole = tmp_path / "whole"
+    trainer(*opts, "OUTPUT_DIR", str(whole)).train()
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "test", lambda *args: send(signal.SIGTERM)())
+        with pytest.raises(SystemExit):
+            trainer(*opts).train()
+    # Saved before it was evaluated, though no checkpoint was due.
+    assert (tmp_path / "output/last_checkpoint").read_text() == "model_0000002.pth"
+    trainer(*opts, resume=True).train()
+    assert_equal(parameters(tmp_path / "output/model_final.pth"), parameters(whole / "model_final.pth"))
+    results = [
+        [record["bbox/AP"] for record in read(folder / "metrics.json") if "bbox/AP" in record]
+        for folder in (whole, tmp_path / "output")
+    ]
+    assert len(results[0]) == 2
+    np.testing.assert_array_equal(*results)
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_loss_that_is_not_finite_leaves_a_report_and_the_state_before_it(trainer, tmp_path):
+    run = trainer()
+    ruin = At(
+        2, lambda: run.model.roi_heads.box_predictor.cls_score.weight.register_hook(lambda g: g * np.nan)
+    )
+    run.register_hooks([ruin])
+    with pytest.raises(NonFiniteError, match=r"iteration 3: .*images/.*non_finite.json; --resume") as caught:
+        run.train()
+    output = tmp_path / "output"
+    report = json.loads((output / "non_finite.json").read_text())
+    assert report == caught.value.report
+    assert report["iteration"] == 3 and len(report["processes"][0]["images"][0]) == 2
+    assert report["processes"][0]["gradient_norm"] == "nan"
+    assert (output / "last_checkpoint").read_text() == "model_last_good.pth"
+    # Resumed, it repeats the step that failed, which now does not.
+    resumed = trainer(resume=True)
+    assert resumed.start_iter == 3
+    resumed.train()
+    trainer("OUTPUT_DIR", str(tmp_path / "whole")).train()
+    assert_equal(parameters(output / "model_final.pth"), parameters(tmp_path / "whole/model_final.pth"))
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(trainer, tmp_path, monkeypatch):
+    results = iter([{"bbox": {"AP": ap}} for ap in (float("nan"), 30.0, 50.0, 40.0, float("nan"), 45.0)])
+    monkeypatch.setattr(Trainer, "test", lambda *args: next(results))
+    opts = ("DATASETS.TEST", "('tiny',)", "TEST.EVAL_PERIOD", "1", "SOLVER.CHECKPOINT_PERIOD", "1")
+    monkeypatch.setattr("rev_det.engine.hooks.Predictions._draw", lambda self: None)
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "model_0000009.pth").write_text("of a longer run before")
+    (output / "model_0000001.pth.tmp").write_text("of a run that was killed")
+    trainer(*opts, "SOLVER.CHECKPOINT_KEEP", "2").train()
+    assert sorted(path.name for path in output.glob("*.pth*")) == [
+        "model_0000003.pth",
+        "model_0000004.pth",
+        "model_0000009.pth",
+        "model_best.pth",
+        "model_final.pth",
+    ]
+    assert torch.load(output / "model_best.pth", weights_only=True)["iteration"] == 2
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["best"] == {"value": 50.0, "iteration": 2, "file": "model_best.pth"}
+    assert summary["metrics"] == {"bbox/AP": 45.0}
+
+
+def test_what_was_best_is_remembered_by_a_resumed_run(trainer, tmp_path, monkeypatch):
+    results = iter([{"bbox": {"AP": ap}} for ap in (30.0, 50.0, 20.0, 20.0, 40.0, 45.0)])
+    monkeypatch.setattr(Trainer, "test", lambda *args: next(results))
+    monkeypatch.setattr("rev_det.engine.hooks.Predictions._draw", lambda self: None)
+    opts = ("DATASETS.TEST", "('tiny',)", "TEST.EVAL_PERIOD", "1")
+    with pytest.raises(SystemExit):
+        trainer(*opts, at=2, action=send(signal.SIGTERM)).train()
+    assert trainer(*opts, resume=True).train() is None
+    assert torch.load(tmp_path / "output/model_best.pth", weights_only=True)["iteration"] == 1
+
+
+def test_a_disk_that_is_full_is_told_and_the_last_checkpoint_stays(trainer, tmp_path, monkeypatch):
+    opts = ("SOLVER.CHECKPOINT_PERIOD", "2")
+    run = trainer(*opts)
+    save = torch.save
+
+    def fail_later(data, file):
+        if data["iteration"] < 3:
+            return save(data, file)
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail_later)
+    with pytest.raises(OSError, match=r"model_0000003.pth .*No space left.* free.*model_0000001.pth"):
+        run.train()
+    monkeypatch.undo()
+    assert (tmp_path / "output/last_checkpoint").read_text() == "model_0000001.pth"
+    assert not list((tmp_path / "output").glob("*.tmp"))
+    assert trainer(*opts, resume=True).start_iter == 2

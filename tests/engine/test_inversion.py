@@ -1,0 +1,119 @@
+"""The inversion check during training."""
+
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+
+from rev_det.engine import Trainer, argument_parser, load_config
+from rev_det.engine.inversion import InversionCheck
+from rev_det.modeling import RevMViT, RevViT
+from rev_det.modeling.reversible import invert_blocks
+
+
+def make_trainer(arguments: list[str]) -> Trainer:
+    args = argument_parser().parse_args(arguments)
+    seed_all_rng(4)
+    return Trainer(load_config(args.config_file, args.opts, args.dataset))
+
+
+def run(trainer: Trainer, iterations: int) -> EventStorage:
+    # The other hooks count on a whole run.
+    trainer._hooks = [hook for hook in trainer._hooks if isinstance(hook, InversionCheck)]
+    with EventStorage() as trainer.storage:
+        for trainer.iter in range(iterations):
+            trainer.storage.iter = trainer.iter
+            trainer.before_step()
+            trainer.run_step()
+            trainer.after_step()
+    return trainer.storage
+
+
+@pytest.mark.parametrize("dtype, bound", [("", 1e-5), ("bf16", 0.02)])
+@pytest.mark.parametrize("activations", ["reversible", "cached"])
+def test_rebuilt_inputs_are_as_near_as_the_precision_allows(tiny_run, nano_config, dtype, bound, activations):
+    opts = ["MODEL.REV.INVERSION_PERIOD", "2", "MODEL.REV.ACTIVATIONS", activations]
+    opts += ["SOLVER.AMP.ENABLED", str(bool(dtype)), "DATASETS.TEST", "()", "SOLVER.MAX_ITER", "9"]
+    opts += ["MODEL.REV_MVIT.DROP_PATH_RATE", "0.3", "MODEL.REV_VIT.DROP_PATH_RATE", "0.3"]
+    storage = run(make_trainer(tiny_run(nano_config, *opts)), 3)
+    names = [name for name in storage.histories() if name.startswith("inversion_error/")]
+    runs = ["0-0", "2-2", "4-6", "8-8"] if "mvit" in nano_config else ["0-3"]
+    assert names == [f"inversion_error/blocks.{run}" for run in runs]
+    for name in names:
+        values = storage.history(name).values()
+        assert [i for _, i in values] == [0, 2]
+        assert all(0 <= error < bound for error, _ in values)
+
+
+def test_the_error_is_the_relative_norm_of_what_is_rebuilt_wrongly(tiny_run, nano_mvit):
+    trainer = make_trainer(tiny_run(nano_mvit, "DATASETS.TEST", "()"))
+    (check,) = [hook for hook in trainer._hooks if isinstance(hook, InversionCheck)]
+    backbone = trainer.model.backbone.bottom_up
+    # With G = F = 0 a run returns its input, and what is added to the output comes out of the inversion.
+    for block in backbone.blocks[4:7]:
+        for branch in (block.F, block.G):
+            branch.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+    seen = []
+    backbone.observer = seen.append
+    backbone(torch.rand(1, 3, 64, 64))
+    run = seen[2]
+    check._observe(replace(run, y=(run.y[0] * 1.01, run.y[1])))
+    assert check._errors["blocks.4-6"].item() == pytest.approx(0.01 / 2**0.5, rel=1e-3)
+
+
+def test_a_large_error_is_warned_of_with_its_blocks(tiny_run, nano_mvit, caplog):
+    opts = ("DATASETS.TEST", "()", "SOLVER.MAX_ITER", "9", "MODEL.REV.INVERSION_THRESHOLD", "1e-9")
+    trainer = make_trainer(tiny_run(nano_mvit, *opts))
+    with caplog.at_level(logging.WARNING, "rev_det"):
+        run(trainer, 1)
+    assert "the input of blocks.4-6 of the backbone was rebuilt" in caplog.text
+    assert "rev-det analyze CONFIG --inversion" in caplog.text
+    caplog.clear()
+    run(trainer, 1)
+
+
+def test_a_check_changes_neither_losses_nor_gradients(tiny_run, nano_mvit, tmp_path):
+    states = []
+    for period in ("0", "1"):
+        opts = ("DATASETS.TEST", "()", "MODEL.REV.INVERSION_PERIOD", period, "SEED", "4")
+        trainer = make_trainer(tiny_run(nano_mvit, *opts))
+        run(trainer, 2)
+        states.append(trainer.model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("family", [RevViT, RevMViT])
+def test_inversion_in_float64_gives_the_inputs_of_each_run(family):
+    torch.manual_seed(0)
+    sizes = dict(embed_dim=16, num_heads=2, drop_path_rate=0.4, pretrain_img_size=32)
+    if family is RevMViT:
+        sizes |= dict(num_heads=1, depth=7, last_block_indexes=(1, 6))
+        sizes |= dict(out_features=("scale2", "scale3"))
+    else:
+        sizes |= dict(depth=3)
+    backbone = family(**sizes).double()
+    runs = []
+    backbone.observer = runs.append
+    backbone(torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    assert [len(run.blocks) for run in runs] == ([2, 4] if family is RevMViT else [3])
+    for seen in runs:
+        x1, x2 = invert_blocks(seen.blocks, *seen.y, *seen.args, masks=seen.masks)
+        torch.testing.assert_close(x1, seen.x, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(x2, seen.x, rtol=1e-10, atol=1e-10)
+
+
+def test_the_error_is_in_metrics_and_summary(tiny_run, nano_mvit, tmp_path):
+    trainer = make_trainer(tiny_run(nano_mvit, "DATASETS.TEST", "()"))
+    trainer.resume_or_load()
+    trainer.train()
+    records = [json.loads(line) for line in (tmp_path / "output/metrics.json").read_text().splitlines()]
+    errors = [v for record in records for name, v in record.items() if name.startswith("inversion_error/")]
+    summary = json.loads((tmp_path / "output/summary.json").read_text())
+    assert len(errors) == 4
+    assert summary["largest_inversion_error"] == max(errors)
+    assert summary["iterations"] == 2 and summary["images_per_step"] == 2
+    assert len(summary["peak_memory_mib_by_process"]) == 1
