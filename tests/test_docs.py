@@ -1,5 +1,6 @@
-"""The Python examples of the README and the docs run as they stand."""
+"""The Python examples of the README and the docs run as they stand, and what the pages point to exists."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -36,3 +37,64 @@ def test_python_examples_run(code, capsys):
 
 def test_there_are_examples():
     assert len(EXAMPLES) >= 3
+
+
+PAGES = [ROOT / "README.md", ROOT / "MODEL_ZOO.md", *sorted(ROOT.glob("docs/**/*.md"))]
+NAMES_OF_PAGES = [str(page.relative_to(ROOT)) for page in PAGES]
+FOLDERS = "configs|rev_det|tests|tools|benchmarks|docs"
+
+
+def anchors(page):
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+def without_braces(name):
+    """a{b,c}d is abd and acd."""
+    pieces = [piece.split(",") for piece in re.split(r"[{}]", name)]
+    return ["".join(choice) for choice in itertools.product(*pieces)]
+
+
+def broken_links(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)|<img[^>]* src=\"([^\"]+)\"", page.read_text(encoding="utf-8")):
+        path, _, anchor = "".join(target).partition("#")
+        if re.match(r"[a-z]+:", path):  # https:, mailto:
+            continue
+        goal = page.parent / path if path else page
+        if not goal.exists() or (anchor and anchor not in anchors(goal)):
+            yield "".join(target)
+
+
+def missing_files(page):
+    text = page.read_text(encoding="utf-8")
+    # With their folder, and configs also without it.
+    named = re.findall(rf"(?<![\w./-])(?:{FOLDERS})/[\w./{{}},-]*[\w/}}]", text)
+    named += re.findall(r"`([\w{},-]+\.yaml)`", text)
+    for name in itertools.chain.from_iterable(map(without_braces, named)):
+        found = [ROOT / name] if "/" in name else ROOT.glob(f"configs/**/{name}")
+        if not any(path.exists() for path in found):
+            yield name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES_OF_PAGES)
+def test_links_lead_to_files_and_headings(page):
+    assert not list(broken_links(page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES_OF_PAGES)
+def test_files_that_are_named_exist(page):
+    assert not list(missing_files(page))
+
+
+def test_broken_links_and_missing_files_are_found(tmp_path):
+    (tmp_path / "other.md").write_text("# What it is, and `how`\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "[a](other.md) [b](other.md#what-it-is-and-how) [c](https://x.org/y) [d](#here) [e](gone.md#here)\n"
+        "[f](other.md#gone) `rev_det/config.py` `rev_det/gone.py` tests/modeling, docs/method.md.\n"
+        "## Here\n`mask_rcnn_baseline_vit_{s,xx}_fpn_3x.yaml` --config-file configs/gone.yaml\n"
+    )
+    assert list(broken_links(page)) == ["gone.md#here", "other.md#gone"]
+    missing = ["rev_det/gone.py", "configs/gone.yaml", "mask_rcnn_baseline_vit_xx_fpn_3x.yaml"]
+    assert list(missing_files(page)) == missing

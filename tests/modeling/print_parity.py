@@ -7,13 +7,10 @@ that are zero in exact arithmetic have no relative error and are left out; test_
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT), str(ROOT / "tests")]
 
-from reference import Vectors, image  # noqa: E402
-from test_parity import FULL, TINY, build, logits_of, our_names, walk  # noqa: E402
+from test_parity import FULL, TINY, run_full, run_tiny  # noqa: E402
 
 from rev_det.modeling.reversible import ACTIVATIONS  # noqa: E402
 
@@ -28,38 +25,8 @@ COLUMNS = {
 }
 
 
-def full_size_errors(name):
-    """{column: errors of its tensors} of a full-size model."""
-    cls, seed, arguments = FULL[name]
-    vectors = Vectors(f"parity_{name}.npz")
-    state = vectors.state()
-    model = build(cls, state, **arguments).eval()
-    with torch.no_grad():
-        x = image((2, 3, 224, 224), seed)
-        found = walk(model, x)
-        (feature_map,) = model(x).values()
-        found["logits"] = logits_of(feature_map, state)
-    return collect(vectors, found)
-
-
-def tiny_errors(name, activations):
-    """The same of a tiny model, with all gradients."""
-    cls, image_seed, loss_seed, arguments = TINY[name]
-    vectors = Vectors("parity_tiny.npz", f"{name}|")
-    state = {key: value.requires_grad_() for key, value in vectors.state().items()}
-    model = build(cls, state, activations=activations, **arguments).train()
-    x = image((2, 3, 64, 64), image_seed).requires_grad_()
-    (feature_map,) = model(x).values()
-    logits = logits_of(feature_map, state)
-    loss = (logits * image((2, 10), loss_seed)).mean()
-    loss.backward()
-    officials = our_names(state)
-    grads = {f"grad|{officials[key]}": p.grad for key, p in model.named_parameters()}
-    grads |= {f"grad|{key}": value.grad for key, value in state.items() if value.grad is not None}
-    return collect(vectors, {**walk(model, x), **grads, "logits": logits, "loss": loss, "grad_image": x.grad})
-
-
 def collect(vectors, found):
+    """{column: errors of its tensors} of what test_parity's runs return."""
     errors = {}
     for key in vectors.names():
         if vectors.largest(key) > 1e-12:
@@ -83,10 +50,11 @@ def main():
     print("Largest relative error (tensors compared), float64:")
     print(" " * 33 + "".join(f"{title:>15}" for title in COLUMNS))
     for name in FULL:
-        print(row(name, full_size_errors(name)), flush=True)
+        print(row(name, collect(*run_full(name))), flush=True)
     for name in TINY:
         for activations in ACTIVATIONS:
-            print(row(f"{name}, {activations}", tiny_errors(name, activations)), flush=True)
+            errors = collect(*run_tiny(name, activations=activations))
+            print(row(f"{name}, {activations}", errors), flush=True)
 
 
 if __name__ == "__main__":

@@ -269,12 +269,12 @@ def test_initialisation_is_the_official_one():
         (
             RevMViT,
             {"last_block_indexes": (0, 2, 6, 7)},
-            r"last_block_indexes must increase.* got \(0, 2, 6, 7\)",
+            r"last_block_indexes must be whole numbers that increase.* got \(0, 2, 6, 7\)",
         ),
         (
             RevMViT,
             {"last_block_indexes": (0, 6, 2, 8)},
-            r"last_block_indexes must increase.* got \(0, 6, 2, 8\)",
+            r"last_block_indexes must be whole numbers that increase.* got \(0, 6, 2, 8\)",
         ),
         (RevMViT, {"last_block_indexes": (0, 1, 6, 8)}, "leave every stage a reversible block"),
         (RevMViT, {"last_block_indexes": ()}, "last_block_indexes"),
@@ -287,11 +287,72 @@ def test_initialisation_is_the_official_one():
         (RevViT, {"drop_path_rate": 1.0}, "drop_path_rate must be at least 0 and below 1, got 1.0"),
         (RevViT, {"pretrain_img_size": 65}, "pretrain_img_size must be a multiple of the patch stride"),
         (RevViT, {"freeze_at": 6}, r"freeze_at must be 0 .* to 5"),
-        (RevViT, {"depth": 0}, "depth must be at least 1, got 0"),
-        (RevMViT, {"adaptive_kv_stride": 0}, "adaptive_kv_stride must be at least 1, got 0"),
+        (RevViT, {"freeze_at": True}, "freeze_at must be 0 .* got True"),
+        (RevViT, {"patch_size": 0}, "patch_size must be a whole number of at least 1, got 0"),
+        (
+            RevMViT,
+            {"patch_stride": (4, 8)},
+            r"patch_stride must be the same in both directions, got \(4, 8\)",
+        ),
+        (
+            RevMViT,
+            {"patch_padding": (0, 0)},
+            r"patch_padding must be .* got padding \(0, 0\), kernel \(7, 7\)",
+        ),
+        (RevMViT, {"patch_padding": (3, 4)}, "patch_padding must be at least half of patch_kernel"),
+        (
+            RevMViT,
+            {"last_block_indexes": ("0", "2", "6", "8")},
+            "last_block_indexes must be whole .*'0', '2'",
+        ),
+        (RevMViT, {"last_block_indexes": (0, 2.5, 6, 8)}, "last_block_indexes must be whole .*2.5"),
+        (RevMViT, {"last_block_indexes": (0, 2, 6, 8), "depth": 9.0}, "depth must be a whole number"),
+        (
+            RevMViT,
+            {"adaptive_kv_stride": 0},
+            "adaptive_kv_stride must be a whole number of at least 1, got 0",
+        ),
         (RevMViT, {"qkv_pool_kernel": (2, 2)}, "qkv_pool_kernel must have odd sizes"),
     ],
 )
 def test_bad_arguments_are_named(cls, arguments, message):
     with pytest.raises(ValueError, match=message):
         make(cls, **arguments)
+
+
+@FAMILIES
+@pytest.mark.parametrize(
+    "name, values",
+    {
+        "in_chans": (0, -3, "3"),
+        "embed_dim": (0, -8, 8.0, "8", True),
+        "depth": (0, -1, 9.0, "9"),
+        "num_heads": (0, -1, 1.0),
+        "mlp_ratio": (0.0, -1.0, 0.01, float("inf"), float("nan"), "4", True),
+        "drop_path_rate": (-0.1, 1.0, float("nan"), "0"),
+        "pretrain_img_size": (0, -64, 64.0),
+    }.items(),
+)
+def test_sizes_that_are_none_are_named_by_both_families(cls, name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"^{name} must be"):
+            make(cls, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["patch_kernel", "patch_stride", "patch_padding", "qkv_pool_kernel"])
+@pytest.mark.parametrize("value", [(3,), (), (3, 3, 3), (-1, -1), (3.0, 3.0), ("3", "3"), 3, None])
+def test_pairs_that_are_none_are_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be two whole numbers of at least [01], "):
+        make(RevMViT, **{name: value})
+
+
+@pytest.mark.parametrize("kernel, stride, padding", [(7, 4, 3), (4, 4, 0), (8, 4, 3), (3, 2, 1), (5, 4, 1)])
+def test_patches_that_overlap_or_not_give_one_token_per_stride(kernel, stride, padding):
+    model = make(
+        RevMViT,
+        torch.float32,
+        patch_kernel=(kernel, kernel),
+        patch_stride=[stride, stride],
+        patch_padding=(padding, padding),
+    )
+    assert model.embed(images(1, 96, 64, torch.float32))[1] == (96 // stride, 64 // stride)

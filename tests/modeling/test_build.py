@@ -8,12 +8,13 @@ import sys
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone, build_model
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 
 from rev_det import add_rev_det_config
-from rev_det.modeling import RevMViT, RevViT
+from rev_det.modeling import RevMViT, RevViT, build
 
 BUILDERS = [
     f"build_{prefix}rev_{family}_{suffix}"
@@ -167,6 +168,23 @@ def test_values_of_the_config_reach_the_backbone():
             "activations must be one of reversible, cached, checkpoint; got 'store'",
         ),
         ("MODEL.REV_MVIT.LAST_BLOCK_INDEXES", (0, 2, 5, 6), "end with depth - 1 = 7"),
+        ("MODEL.REV_MVIT.EMBED_DIM", -8, "^MODEL.REV_MVIT.EMBED_DIM: embed_dim must be .* got -8"),
+        ("MODEL.REV.FREEZE_AT", 99, "^MODEL.REV.FREEZE_AT: freeze_at must be .* got 99"),
+        ("MODEL.REV.TRANSITIONS", "kept", "^MODEL.REV.TRANSITIONS: transitions must be one of"),
+        (
+            "MODEL.FPN.IN_FEATURES",
+            ["scale2", "scale4"],
+            r"IN_FEATURES is .* strides \[4, 16\].* neighbouring",
+        ),
+        ("MODEL.FPN.IN_FEATURES", ["scale3", "scale2"], r"IN_FEATURES is .* strides \[8, 4\].* neighbouring"),
+        ("MODEL.FPN.NORM", "FOO", "MODEL.FPN.NORM is 'FOO'; allowed are '' for none, BN"),
+        (
+            "MODEL.FPN.NORM",
+            "GN",
+            r"MODEL.FPN.NORM is 'GN', which 16 channels \(from MODEL.FPN.OUT_CHANNELS\)",
+        ),
+        ("MODEL.FPN.OUT_CHANNELS", 0, "MODEL.FPN.OUT_CHANNELS must be a whole number"),
+        ("MODEL.FPN.FUSE_TYPE", "max", "MODEL.FPN.FUSE_TYPE is 'max'; allowed are 'sum', 'avg'"),
     ],
 )
 def test_bad_config_values_are_named(key, value, message):
@@ -174,6 +192,51 @@ def test_bad_config_values_are_named(key, value, message):
     cfg.merge_from_list([key, value])
     with pytest.raises(ValueError, match=message):
         build_backbone(cfg)
+
+
+@pytest.mark.parametrize("family, node", [("vit", "REV_VIT"), ("mvit", "REV_MVIT")])
+@pytest.mark.parametrize("key, value", [("EMBED_DIM", -8), ("DEPTH", 0), ("MLP_RATIO", 0.0)])
+def test_baselines_refuse_the_same_sizes(family, node, key, value):
+    pytest.importorskip("timm")
+    cfg = nano_config(f"build_baseline_{family}_fpn_backbone")
+    cfg.MODEL[node][key] = value
+    with pytest.raises(ValueError, match=f"MODEL.{node}.{key}"):
+        build_backbone(cfg)
+
+
+def test_checking_a_baselines_sizes_draws_no_random_numbers():
+    cfg = nano_config("build_rev_mvit_backbone")
+    before = torch.get_rng_state()
+    with torch.device("meta"):
+        build.rev_mvit(cfg, ShapeSpec(channels=3))
+        build.rev_vit(cfg, ShapeSpec(channels=3))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_norm_that_the_simple_pyramids_first_level_cannot_have_is_an_error():
+    cfg = nano_config("build_rev_vit_fpn_backbone")
+    cfg.MODEL.FPN.NORM, cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.REV_VIT.EMBED_DIM = "GN", 64, 48
+    with pytest.raises(ValueError, match=r"'GN', which 48 channels \(from MODEL.REV_VIT.EMBED_DIM\)"):
+        build_backbone(cfg)
+
+
+def test_what_a_stock_config_means_for_a_resnet_and_not_here_is_said_once(caplog):
+    cfg = get_cfg()
+    cfg.MODEL.BACKBONE.NAME = "build_rev_mvit_fpn_backbone"
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    with caplog.at_level("WARNING"), torch.device("meta"):
+        build_backbone(cfg)
+    freezing, features = (record.getMessage() for record in caplog.records)
+    assert "MODEL.BACKBONE.FREEZE_AT 2" in freezing and "is ignored; MODEL.REV.FREEZE_AT" in freezing
+    assert features.startswith("MODEL.FPN.IN_FEATURES ['res2'") and "replaced with ['scale2'" in features
+
+
+@pytest.mark.parametrize("freeze_at, warned", [(0, False), (2, False), (3, True)])
+def test_freezing_stages_is_warned_about_where_it_is_not_detectron2s_default(caplog, freeze_at, warned):
+    cfg = nano_config("build_rev_vit_backbone")
+    cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
+    build_backbone(cfg)
+    assert ("MODEL.BACKBONE.FREEZE_AT 3" in caplog.text) == warned == bool(caplog.records)
 
 
 def test_pretrained_weights_under_other_colours_are_warned_about(caplog):

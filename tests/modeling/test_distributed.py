@@ -3,6 +3,7 @@
 import itertools
 import tempfile
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -27,73 +28,119 @@ HOOKS = {"fp16_hook": default_hooks.fp16_compress_hook, "bf16_hook": default_hoo
 STEPS = 2  # a static graph is recorded in the first
 
 
-def model_of(cls, freeze_at):
-    torch.manual_seed(0)
-    return cls(**NANO[cls], freeze_at=freeze_at)
+class Case(NamedTuple):
+    cls: type
+    mode: str = "plain"
+    freeze_at: int = 0
+    accumulate: int = 1  # micro-batches of each process
+    drop_path_rate: float = 0.0
+    bfloat16: bool = False
 
+    def model(self):
+        torch.manual_seed(0)
+        return self.cls(**NANO[self.cls], freeze_at=self.freeze_at, drop_path_rate=self.drop_path_rate)
 
-def image_loss(outputs):
-    """A mean over images, so that micro-batches and processes average to the whole batch."""
-    return sum(y.square().mean() for y in outputs.values())
+    def images(self):
+        return images(WORLD * self.accumulate, 64, 64, torch.float32)
+
+    def loss(self, model, batch, seed):
+        """A mean over images, so that micro-batches and processes average to the whole batch."""
+        torch.manual_seed(seed)  # of drop path
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bfloat16):
+            outputs = model(batch)
+        # Weighted, because a mere mean of squares hardly depends on anything before the outputs' LayerNorm.
+        weights = [torch.linspace(-1, 1, y[0].numel()).view_as(y[0]) for y in outputs.values()]
+        return sum((y.float().sin() * w).mean() for y, w in zip(outputs.values(), weights, strict=True))
 
 
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def expected_gradients(cls, freeze_at, accumulate):
-    model = model_of(cls, freeze_at)
-    image_loss(model(images(WORLD * accumulate, 64, 64, torch.float32))).backward()
+def expected_gradients(case):
+    """Of the whole batch; image by image where the draws or the rounding are those of single images."""
+    model, batch = case.model(), case.images()
+    parts = batch.split(1) if case.drop_path_rate or case.bfloat16 else [batch]
+    for i, part in enumerate(parts):
+        (case.loss(model, part, seed=i) / len(parts)).backward()
     return gradients(model)
 
 
-def worker(rank, store, failures):
+def distributed_gradients(case, rank):
+    model = DistributedDataParallel(case.model(), **MODES[case.mode])
+    if case.mode in HOOKS:
+        model.register_comm_hook(None, HOOKS[case.mode])
+    batch = case.images()
+    for step in range(STEPS):
+        model.zero_grad()
+        for i in range(case.accumulate):
+            # A static graph asserts that its first step is synchronised throughout.
+            last = i == case.accumulate - 1
+            synchronise = last or (case.mode == "static_graph" and step == 0)
+            image = i * WORLD + rank
+            with nullcontext() if synchronise else model.no_sync():
+                (case.loss(model, batch[image][None], seed=image) / case.accumulate).backward()
+    return gradients(model.module)
+
+
+def worker(rank, store, cases, failures):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    for cls, mode, freeze_at, accumulate in itertools.product((RevViT, RevMViT), MODES, (0, 2), (1, 2)):
-        expected = expected_gradients(cls, freeze_at, accumulate)
-        model = DistributedDataParallel(model_of(cls, freeze_at), **MODES[mode])
-        if mode in HOOKS:
-            model.register_comm_hook(None, HOOKS[mode])
-        batch = images(WORLD * accumulate, 64, 64, torch.float32)
-        for step in range(STEPS):
-            model.zero_grad()
-            for i in range(accumulate):
-                # A static graph asserts that its first step is synchronised throughout.
-                synchronise = i == accumulate - 1 or (mode == "static_graph" and step == 0)
-                with nullcontext() if synchronise else model.no_sync():
-                    (image_loss(model(batch[i * WORLD + rank][None])) / accumulate).backward()
-        actual = gradients(model.module)
-        tolerance = 1e-2 if mode in HOOKS else 1e-5
+    for case in cases:
+        expected, actual = expected_gradients(case), distributed_gradients(case, rank)
+        tolerance = 1e-2 if case.mode in HOOKS else 1e-5
         # Some are zero but for rounding (a constant added to all keys): measured against the largest.
         floor = 1e-3 * max(float(grad.norm()) for grad in expected.values())
         worst = max(
             float((actual[name] - grad).norm() / max(float(grad.norm()), floor))
             for name, grad in expected.items()
         )
-        if actual.keys() != expected.keys() or worst > tolerance:
-            failures.put((cls.__name__, mode, freeze_at, accumulate, worst))
+        if actual.keys() != expected.keys() or not worst <= tolerance:
+            failures.put((case.cls.__name__, *case[1:], worst))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def failures_of(cases):
+    failures = mp.get_context("spawn").SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(worker, (f"{folder}/store", cases, failures), nprocs=WORLD)
+    found = []
+    while not failures.empty():
+        found.append(failures.get())
+    return found
+
+
+def test_drop_path_gives_the_gradients_of_one_process():
+    modes = ("plain", "find_unused_parameters")
+    assert not failures_of([Case(RevMViT, mode, drop_path_rate=0.4) for mode in modes])
 
 
 @pytest.mark.slow
 def test_every_mode_gives_the_gradients_of_one_process():
     """Modes x frozen stem and block x accumulation: relative error 1e-5, 1e-2 with compressed gradients."""
-    failures = mp.get_context("spawn").SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (f"{folder}/store", failures), nprocs=WORLD)
-    found = []
-    while not failures.empty():
-        found.append(failures.get())
-    assert not found
+    assert not failures_of(
+        [Case(*case) for case in itertools.product((RevViT, RevMViT), MODES, (0, 2), (1, 2))]
+    )
+
+
+@pytest.mark.slow
+def test_every_mode_with_bfloat16_and_drop_path():
+    cases = itertools.product((RevViT, RevMViT), MODES, (0, 2), (1, 2), (0.4,), (True,))
+    assert not failures_of([Case(*case) for case in cases])
 
 
 def test_the_gradients_of_one_process_differ_between_the_cases():
-    """What the test above compares with is not trivially equal."""
-    all_cases = [
-        expected_gradients(cls, freeze_at, accumulate)
-        for cls, freeze_at, accumulate in itertools.product((RevViT, RevMViT), (0, 2), (1, 2))
-    ]
-    assert len({len(case) for case in all_cases}) == 4
-    assert all(grad.abs().max() > 0 for case in all_cases for grad in case.values())
+    """What the tests above compare with is not trivially equal."""
+    classes = (RevViT, RevMViT)
+    cases = [Case(cls, "plain", *rest) for cls, *rest in itertools.product(classes, (0, 2), (1, 2))]
+    all_gradients = [expected_gradients(case) for case in cases]
+    assert len({len(grads) for grads in all_gradients}) == 4
+    assert all(grad.abs().max() > 0 for grads in all_gradients for grad in grads.values())
+    for cls in classes:
+        plain, dropped, low = (
+            torch.cat([grad.flatten() for grad in expected_gradients(Case(cls, **kwargs)).values()])
+            for kwargs in ({}, {"drop_path_rate": 0.4}, {"bfloat16": True})
+        )
+        assert (dropped - plain).norm() > 1e-2 * plain.norm(), "drop path did nothing"
+        assert 1e-4 * plain.norm() < (low - plain).norm() < 1e-1 * plain.norm()

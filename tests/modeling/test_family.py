@@ -1,5 +1,7 @@
 """The variants of the paper's ablations and the non-reversible baselines."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from detectron2.modeling import build_backbone
@@ -8,7 +10,7 @@ from test_build import nano_config
 
 from rev_det.checkpoint import inspect_weights, load_pretrained
 from rev_det.modeling import RevMViT, RevViT
-from rev_det.modeling.fusion import FUSIONS, TERMINATIONS
+from rev_det.modeling.fusion import FUSIONS, TERMINATIONS, ScaleNorm, build_fusion
 
 VARIANTS = [
     *((RevMViT, {"fusion": fusion}) for fusion in FUSIONS),
@@ -73,18 +75,81 @@ def test_dropout_in_a_fusion_is_active_in_training_only():
     assert loss_of(model(x)) == loss_of(model(x))
 
 
-def test_norm_concat_normalises_each_stream_alone():
-    from rev_det.modeling.fusion import ScaleNorm
+def randomised(module):
+    """In float64 and eval mode, with random values for all parameters, norms included."""
+    torch.manual_seed(3)
+    for p in module.parameters():
+        torch.nn.init.normal_(p)
+    return module.double().eval()
 
-    norm = ScaleNorm(8, "norm-concat").double()
-    torch.nn.init.normal_(norm.weight)
-    torch.nn.init.normal_(norm.bias)
-    x1, x2 = torch.randn(2, 2, 5, 8, dtype=torch.float64)
-    expected = [
-        torch.nn.functional.layer_norm(x, (8,), w, b, 1e-6)
-        for x, w, b in zip((x1, x2), norm.weight.chunk(2), norm.bias.chunk(2), strict=True)
-    ]
-    torch.testing.assert_close(norm(x1, x2), torch.cat(expected, -1))
+
+def norm(x, module):
+    """LayerNorm written out, with a module's parameters."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * module.weight + module.bias
+
+
+def mlp(x, module):
+    hidden = x @ module.fc1.weight.T + module.fc1.bias
+    hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+    return hidden @ module.fc2.weight.T + module.fc2.bias
+
+
+STREAMS = torch.randn(2, 2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+Z = torch.cat(list(STREAMS), -1)
+# What the paper's Table 6 says of each, of the module m.
+FUSED = {
+    "2x-mlp": lambda m: Z + mlp(Z, m),
+    "4x-mlp": lambda m: Z + mlp(Z, m),
+    "norm-2x-mlp": lambda m: Z + mlp(norm(Z, m.norm), m),
+    "2x-mlp-dropout": lambda m: Z + mlp(Z, m),
+    "concat": lambda m: Z,
+    "max": lambda m: STREAMS.amax(0),
+}
+ENDED = {
+    "concat-norm": lambda m: norm(Z, m),
+    "norm-concat": lambda m: torch.cat([norm(x, p) for x, p in zip(STREAMS, halves(m), strict=True)], -1),
+    "norm-1-layer": lambda m: norm(Z, m) @ m.linear.weight.T + m.linear.bias,
+    "norm-2x-mlp": lambda m: norm(Z, m) + mlp(norm(Z, m), m.mlp),
+    "norm-2x-mlp-dropout": lambda m: norm(Z, m) + mlp(norm(Z, m), m.mlp),
+    "norm-2x-mlp-norm": lambda m: norm(norm(Z, m) + mlp(norm(Z, m), m.mlp), m.final_norm),
+}
+
+
+def halves(module):
+    pairs = zip(module.weight.chunk(2), module.bias.chunk(2), strict=True)
+    return [SimpleNamespace(weight=w, bias=b) for w, b in pairs]
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_fusion_is_its_equation(fusion):
+    module = randomised(build_fusion(fusion, 8))
+    torch.testing.assert_close(module(*STREAMS), FUSED[fusion](module))
+    if "mlp" in fusion:
+        assert module.fc1.out_features == (64 if fusion == "4x-mlp" else 32)
+
+
+@pytest.mark.parametrize("termination", TERMINATIONS)
+def test_a_termination_is_its_equation(termination):
+    module = randomised(ScaleNorm(8, termination))
+    torch.testing.assert_close(module(*STREAMS), ENDED[termination](module))
+    if "mlp" in termination:
+        assert module.mlp.fc1.out_features == 32
+
+
+@pytest.mark.parametrize("cls", [RevViT, RevMViT])
+def test_inner_residuals_are_added_inside_f_and_g(cls):
+    naive, plain = make(cls, inner_residual=True).eval(), make(cls).eval()
+    naive.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 12, naive.pos_embed.shape[-1], dtype=torch.float64)
+    for name, hw in (("F", [(4, 3)]), ("G", [])):
+        with_skip, without = (getattr(model.blocks[0], name) for model in (naive, plain))
+        torch.testing.assert_close(with_skip(x, *hw), x + without(x, *hw))
+
+
+def test_where_streams_are_reduced_the_projection_widens():
+    transitions = [block for block in make(RevMViT, fusion="max").blocks if hasattr(block, "widen")]
+    assert [(t.widen.in_features, t.widen.out_features) for t in transitions] == [(8, 16), (16, 32), (32, 64)]
 
 
 @pytest.mark.parametrize(

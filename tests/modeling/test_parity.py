@@ -80,8 +80,8 @@ def logits_of(feature_map, state):
     return torch.nn.functional.linear(mean, state["head.projection.weight"], state["head.projection.bias"])
 
 
-@pytest.mark.parametrize("name", FULL)
-def test_full_size_models_match_every_activation_and_the_logits(name):
+def run_full(name):
+    """The vectors of a full-size model and, under their names, what ours computes."""
     cls, seed, arguments = FULL[name]
     vectors = Vectors(f"parity_{name}.npz")
     state = vectors.state()
@@ -90,7 +90,30 @@ def test_full_size_models_match_every_activation_and_the_logits(name):
         x = image((2, 3, 224, 224), seed)
         found = walk(model, x)
         (feature_map,) = model(x).values()
-    found["logits"] = logits_of(feature_map, state)
+    return vectors, {**found, "logits": logits_of(feature_map, state)}
+
+
+def run_tiny(name, **options):
+    """The same of a tiny model, with the loss and, as ``grad|KEY``, the gradients under the official keys."""
+    cls, image_seed, loss_seed, arguments = TINY[name]
+    vectors = Vectors("parity_tiny.npz", f"{name}|")
+    state = {key: value.requires_grad_() for key, value in vectors.state().items()}
+    model = build(cls, state, **options, **arguments).train()
+    x = image((2, 3, 64, 64), image_seed).requires_grad_()
+    (feature_map,) = model(x).values()
+    logits = logits_of(feature_map, state)
+    loss = (logits * image((2, 10), loss_seed)).mean()
+    loss.backward()
+    officials = our_names(state)
+    grads = {f"grad|{officials[key]}": p.grad for key, p in model.named_parameters()}
+    grads |= {f"grad|{key}": state[key].grad for key in state if key.startswith("head.")}
+    found = {**walk(model, x), "logits": logits, "loss": loss, "grad_image": x.grad}
+    return vectors, {**found, **grads}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_size_models_match_every_activation_and_the_logits(name):
+    vectors, found = run_full(name)
     compared = vectors.names()
     assert len(compared) >= 12
     for key in compared:
@@ -101,33 +124,15 @@ def test_full_size_models_match_every_activation_and_the_logits(name):
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 @pytest.mark.parametrize("name", TINY)
 def test_tiny_models_match_all_activations_and_all_gradients(name, activations, keep_attention):
-    cls, image_seed, loss_seed, arguments = TINY[name]
-    vectors = Vectors("parity_tiny.npz", f"{name}|")
-    state = {key: value.requires_grad_() for key, value in vectors.state().items()}
-    model = build(cls, state, activations=activations, keep_attention=keep_attention, **arguments)
-    model.train()
-    x = image((2, 3, 64, 64), image_seed).requires_grad_()
-    (feature_map,) = model(x).values()
-    logits = logits_of(feature_map, state)
-    loss = (logits * image((2, 10), loss_seed)).mean()
-    loss.backward()
-
-    found = {**walk(model, x), "logits": logits, "loss": loss}
-    grads = {key: p.grad for key, p in model.named_parameters()}
-    grads = {official: grads[ours] for ours, official in our_names(state).items()}
-    grads |= {key: state[key].grad for key in state if key.startswith("head.")}
+    vectors, found = run_tiny(name, activations=activations, keep_attention=keep_attention)
     compared = vectors.names()
-    assert len([key for key in compared if key.startswith("grad|")]) == len(state)
+    assert len([key for key in compared if key.startswith("grad|")]) == len(vectors.state())
     for key in compared:
-        official = key.removeprefix("grad|")
-        if key == "grad_image":
-            assert vectors.error(key, x.grad) < 1e-9
-        elif key == official:
-            assert vectors.error(key, found[key]) < 1e-9, key
-        elif vectors.largest(key) < 1e-12:  # a constant added to all keys cancels in the softmax
-            assert grads[official].abs().max() < 1e-12, key
+        if key.startswith("grad|") and vectors.largest(key) < 1e-12:
+            # A constant added to all keys cancels in the softmax.
+            assert found[key].abs().max() < 1e-12, key
         else:
-            assert vectors.error(key, grads[official]) < 1e-9, key
+            assert vectors.error(key, found[key]) < 1e-9, key
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)

@@ -5,10 +5,11 @@ import sys
 
 import print_parity
 import pytest
+from test_parity import run_tiny
 
 
 def test_a_row_has_the_largest_error_and_the_number_of_every_kind_of_tensor():
-    errors = print_parity.tiny_errors("tiny_rev_mvit", "cached")
+    errors = print_parity.collect(*run_tiny("tiny_rev_mvit", activations="cached"))
     assert errors.keys() == print_parity.COLUMNS.keys()
     assert 0.0 < max(map(max, errors.values())) < 1e-9
     cells = print_parity.row("title", errors).split()

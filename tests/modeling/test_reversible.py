@@ -117,6 +117,54 @@ def test_tensor_arguments_of_f_get_their_gradient():
     )
 
 
+class AnyArguments(Attention):
+    """Takes (context, scale, name), any of which may be None."""
+
+    def forward(self, x, context, scale, name):
+        assert name is None or isinstance(name, str)
+        return super().forward(x, context) * (1 if scale is None else scale.view(-1, 1, 1))
+
+
+@pytest.mark.parametrize("context", [True, False])
+@pytest.mark.parametrize("scale", [torch.tensor([3, 1]), torch.tensor([True, False]), None])
+@pytest.mark.parametrize("name", ["a", None])
+def test_arguments_of_f_may_be_none_or_integers_or_no_tensors(context, scale, name):
+    body = blocks(3)
+    for block in body:
+        block.F = AnyArguments(DIM).double()
+    x = stream().requires_grad_()
+    args = (stream(seed=4).requires_grad_() if context else None, scale, name)
+    assert_same(
+        step(ReversibleSequence(body), x, x, *args), step(ReversibleSequence(body, "cached"), x, x, *args)
+    )
+
+
+@pytest.mark.parametrize("same_start", [True, False])
+def test_views_of_one_tensor_as_streams(same_start):
+    """Expanded, transposed, and the second one overlapping the first."""
+    base = torch.randn(DIM, 5, 1, dtype=torch.float64, requires_grad=True)
+    body = blocks(3, chunks=2)
+    grads = []
+    for activations in ("cached", "reversible"):
+        x1 = base.permute(2, 1, 0).expand(3, -1, -1)
+        y1, y2 = ReversibleSequence(body, activations)(x1, x1 if same_start else x1.flip(1).view_as(x1))
+        loss = (y1 * y2).sin().sum()
+        grads.append((loss, torch.autograd.grad(loss, [base, *(p for b in body for p in b.parameters())])))
+    assert_same(*reversed(grads))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, DIM), (2, 0, DIM)])
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_empty_streams_have_empty_or_zero_gradients(shape, activations):
+    sequence = ReversibleSequence(blocks(2, chunks=3), activations)
+    x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    y1, y2 = sequence(x, x)
+    assert y1.shape == y2.shape == shape
+    (y1 * recompute(sequence.blocks[0].G, y2, chunks=2)).sum().backward()
+    assert x.grad.shape == shape
+    assert all(p.grad is not None and not p.grad.any() for p in sequence.parameters())
+
+
 @pytest.mark.parametrize("frozen", [(0,), (0, 1), (1,), (2,)])
 def test_frozen_blocks_and_an_input_without_gradient(frozen):
     body = blocks(3)
@@ -409,6 +457,23 @@ def test_kept_attention_when_the_rebuild_chooses_another_kernel():
         y1, y2 = ReversibleSequence(body, keep_attention=True)(x, x)
     for a, b in zip(torch.autograd.grad((y1 * y2).sum(), wanted), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1, 2)])
+def test_blocks_frozen_before_the_backward_pass(frozen):
+    x = stream()
+    grads = {}
+    for activations in ("cached", "reversible"):
+        body = blocks(3)
+        y1, y2 = ReversibleSequence(body, activations)(x, x)
+        for i in frozen:
+            body[i].requires_grad_(False)
+        (y1 * y2).sum().backward()
+        grads[activations] = [p.grad for block in body for p in block.parameters()]
+    for actual, expected in zip(grads["reversible"], grads["cached"], strict=True):
+        assert (actual is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
 
 
 def test_parameters_unfrozen_or_replaced_before_the_backward_pass():
