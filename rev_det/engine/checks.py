@@ -68,7 +68,10 @@ def check_solver(cfg: CfgNode) -> None:
     solver = cfg.SOLVER
     for key in ("MAX_ITER", "IMS_PER_BATCH", "ACCUMULATE", "CHECKPOINT_PERIOD"):
         check_count(f"SOLVER.{key}", solver[key])
-    check_count("SOLVER.WARMUP_ITERS", solver.WARMUP_ITERS, minimum=0)
+    for key in ("WARMUP_ITERS", "CHECKPOINT_KEEP"):
+        check_count(f"SOLVER.{key}", solver[key], minimum=0)
+    check_count("SOLVER.AMP.MAX_SKIPPED_STEPS", solver.AMP.MAX_SKIPPED_STEPS, minimum=0)
+    check_choice("SOLVER.DDP.COMPRESSION", solver.DDP.COMPRESSION, ("none", "fp16", "bf16"))
     _check_number("SOLVER.BASE_LR", solver.BASE_LR, above=0)
     if not is_finite(solver.BASE_LR_END) or not 0 <= solver.BASE_LR_END <= solver.BASE_LR:
         raise ValueError(

@@ -23,7 +23,7 @@ class InversionCheck(HookBase):
     float32, 1e-3 with F and G in bfloat16.
 
     Args:
-        period: iterations from one check to the next, the first in iteration 0; 0 for none.
+        period: iterations from one check to the next; 0 for none.
         threshold: errors above it, or NaN, are warned of.
     """
 
@@ -33,7 +33,7 @@ class InversionCheck(HookBase):
         self._errors: dict[str, Tensor] = {}
 
     def before_step(self) -> None:
-        if self._period > 0 and self.trainer.iter % self._period == 0:
+        if self._period > 0 and (self.trainer.iter + 1) % self._period == 0:
             for backbone in self._backbones():
                 backbone.observer = self._observe
 

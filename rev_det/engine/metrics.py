@@ -9,24 +9,26 @@ import os
 def read_metrics(path: str) -> list[dict[str, float]]:
     """The records of a ``metrics.json``, by rising iteration.
 
-    A run writes behind the records of earlier ones in the same folder. Where iterations begin anew, be it
+    A run writes behind the records of earlier ones in the same folder. Where its progress begins anew, be it
     at 0 or at a checkpoint, the earlier records from there on belong to a run that was given up. The last
     line of a run that was killed may be incomplete; it is left out.
 
     Args:
         path: a file as Detectron2's ``JSONWriter`` makes it, one JSON object per line.
     """
-    records: list[dict[str, float]] = []
+    records: dict[int, dict[str, float]] = {}
     with open(path, encoding="utf-8") as file:
         for line in file:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            while records and records[-1]["iteration"] >= record["iteration"]:
-                records.pop()
-            records.append(record)
-    return records
+            iteration = record["iteration"]
+            # What is measured now and then is written after the progress of later iterations.
+            if "lr" in record:
+                records = {i: known for i, known in records.items() if i < iteration}
+            records[iteration] = {**records.get(iteration, {}), **record}
+    return [records[iteration] for iteration in sorted(records)]
 
 
 def end_last_line(path: str) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from rev_det import add_rev_det_config
 from rev_det.engine import draw_curves, draw_predictions
-from rev_det.engine.metrics import read_metrics
+from rev_det.engine.metrics import end_last_line, read_metrics
 
 
 def write_metrics(path, iterations, **values):
@@ -23,10 +23,35 @@ def write_metrics(path, iterations, **values):
 
 
 def test_records_of_a_run_that_was_given_up_are_left_out(tmp_path):
-    path = write_metrics(tmp_path / "metrics.json", [19, 39, 59, 39, 59, 79])
+    path = write_metrics(tmp_path / "metrics.json", [19, 39, 59, 39, 59, 79], lr=1.0)
     assert [record["iteration"] for record in read_metrics(path)] == [19, 39, 59, 79]
-    path = write_metrics(tmp_path / "metrics.json", [19, 39, 59, 19, 39])
+    path = write_metrics(tmp_path / "metrics.json", [19, 39, 59, 19, 39], lr=1.0)
     assert [record["iteration"] for record in read_metrics(path)] == [19, 39]
+
+
+def test_what_is_measured_now_and_then_joins_the_progress_around_it(tmp_path):
+    path = tmp_path / "metrics.json"
+    # As Detectron2 writes it: progress, then what is older; and a line that a killed run did not finish.
+    lines = [
+        '{"iteration": 19, "lr": 1}',
+        '{"iteration": 39, "lr": 1}',
+        '{"iteration": 29, "x": 5}',
+        '{"iterat',
+    ]
+    path.write_text("\n".join(lines))
+    end_last_line(str(path))
+    with open(path, "a") as file:
+        file.write('{"iteration": 59, "lr": 1}\n{"iteration": 59, "bbox/AP": 7}\n')
+    assert read_metrics(str(path)) == [
+        {"iteration": 19, "lr": 1},
+        {"iteration": 29, "x": 5},
+        {"iteration": 39, "lr": 1},
+        {"iteration": 59, "lr": 1, "bbox/AP": 7},
+    ]
+    before = path.read_bytes()
+    end_last_line(str(path))
+    end_last_line(str(tmp_path / "absent.json"))
+    assert path.read_bytes() == before
 
 
 def test_curves_show_whatever_metrics_there_are(tmp_path):

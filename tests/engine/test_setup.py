@@ -102,6 +102,9 @@ def test_bad_keys_and_values_are_named(check, opts, message):
         "SOLVER.ACCUMULATE": ("0",),
         "SOLVER.CHECKPOINT_PERIOD": ("0", "-1"),
         "SOLVER.WARMUP_ITERS": ("-1",),
+        "SOLVER.CHECKPOINT_KEEP": ("-1",),
+        "SOLVER.AMP.MAX_SKIPPED_STEPS": ("-1",),
+        "SOLVER.DDP.COMPRESSION": ("zip",),
         "SOLVER.WARMUP_FACTOR": ("-1.0",),
         "SOLVER.BASE_LR": ("0.0", "-1.0", "1e400", "1", "fast", "None"),
         "SOLVER.BASE_LR_END": ("5.0", "-1.0"),
@@ -173,39 +176,41 @@ def test_values_with_a_meaning_of_their_own_pass(check):
 
 @pytest.fixture
 def own_data(tiny_dataset, tmp_path):
-    """A copy of the tiny set, as its annotations, a function to write them, and the images' folder."""
+    """A copy of the tiny set: annotations, a function to write them, images' folder, name, --dataset."""
     _, _, paths = tiny_dataset.partition("=")
     annotations, _, images = paths.partition(":")
     folder = shutil.copytree(images, tmp_path / "images")
     content = json.loads(Path(annotations).read_text())
     file = tmp_path / "own.json"
-    return content, lambda: file.write_text(json.dumps(content)), folder, f"own={file}:{folder}"
+    name = tmp_path.name  # Detectron2 keeps what a test has registered
+    return content, lambda: file.write_text(json.dumps(content)), folder, name, f"{name}={file}:{folder}"
 
 
 @pytest.mark.parametrize("key", ["DATASETS.TRAIN", "DATASETS.TEST"])
 def test_an_image_that_is_none_is_found_before_anything_is_written(
     own_data, tiny_run, nano_mvit, capsys, key
 ):
-    content, write, folder, dataset = own_data
+    content, write, folder, name, dataset = own_data
     write()
-    name = content["images"][-1]["file_name"]
-    (folder / name).write_text("<html>not found</html>")
-    code = main(tiny_run(nano_mvit, key, "('own',)", options=("--dataset", dataset)))
+    image = content["images"][-1]["file_name"]
+    (folder / image).write_text("<html>not found</html>")
+    code = main(tiny_run(nano_mvit, key, f"('{name}',)", options=("--dataset", dataset)))
     error = capsys.readouterr().err.splitlines()[-1]
-    assert code == 2 and error.startswith("error: image ") and f"{name} (image_id" in error
+    assert code == 2 and error.startswith("error: image ") and f"{image} (image_id" in error
     assert "cannot be decoded" in error
     assert not (folder.parent / "output").exists()
 
 
 def test_training_data_of_crowd_regions_alone_are_an_error(own_data, tiny_run, nano_mvit, capsys):
-    content, write, folder, dataset = own_data
+    content, write, folder, name, dataset = own_data
     for annotation in content["annotations"]:
         annotation["iscrowd"] = 1
     write()
-    assert main(tiny_run(nano_mvit, "DATASETS.TRAIN", "('own',)", options=("--dataset", dataset))) == 2
+    assert main(tiny_run(nano_mvit, "DATASETS.TRAIN", f"('{name}',)", options=("--dataset", dataset))) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert (
-        f"DATASETS.TRAIN is ('own',), where all {len(content['annotations'])} annotations are crowd" in error
+        f"DATASETS.TRAIN is ('{name}',), where all {len(content['annotations'])} annotations are crowd"
+        in error
     )
     assert not (folder.parent / "output").exists()
 
