@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
+from ..checks import check_choice, check_count, is_finite, is_whole
+
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
@@ -53,20 +55,24 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
         ValueError: an unknown name or a value out of range; "swin" or "lsj", which crop on their own, with
             ``INPUT.CROP``; crops of masks without the package shapely.
     """
-    augmentations = utils.build_augmentation(cfg, is_train)
     name = cfg.INPUT.get("AUGMENTATION", "default")
-    if name not in AUGMENTATIONS:
-        raise ValueError(f"INPUT.AUGMENTATION is {name!r}; allowed are {', '.join(map(repr, AUGMENTATIONS))}")
+    check_choice("INPUT.AUGMENTATION", name, AUGMENTATIONS)
+    check_choice("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ("none", "horizontal", "vertical"))
+    _check_sizes(cfg)
+    augmentations = utils.build_augmentation(cfg, is_train)
+    if is_train and cfg.INPUT.CROP.ENABLED:
+        _check_crop(cfg, name)
     if not (is_train and crops_by_name(cfg)):
         return augmentations
-    _check_crops(cfg, name)
+    if name == "lsj":
+        size, (smallest, largest) = _lsj_values(cfg)
+    _require_shapely(cfg, f"INPUT.AUGMENTATION is {name!r}", "set INPUT.AUGMENTATION default")
     if name == "swin":
         branch = [
             T.ResizeShortestEdge(_BEFORE_CROP, _BEFORE_CROP_LONGEST, sample_style="choice"),
             T.RandomCrop("absolute_range", _CROP),
         ]
         return [RandomBranch(branch), *augmentations]
-    size, (smallest, largest) = _lsj_values(cfg)
     flips = augmentations[1:]
     return [T.ResizeScale(smallest, largest, size, size), T.FixedSizeCrop((size, size)), *flips]
 
@@ -76,25 +82,58 @@ def crops_by_name(cfg: CfgNode) -> bool:
     return cfg.INPUT.get("AUGMENTATION", "default") != "default"
 
 
-def _check_crops(cfg: CfgNode, name: str) -> None:
-    if cfg.INPUT.CROP.ENABLED:
+def _check_sizes(cfg: CfgNode) -> None:
+    for split in ("TRAIN", "TEST"):
+        check_count(f"INPUT.MAX_SIZE_{split}", cfg.INPUT[f"MAX_SIZE_{split}"])
+    # For Detectron2, 0 is no resize.
+    check_count("INPUT.MIN_SIZE_TEST", cfg.INPUT.MIN_SIZE_TEST, minimum=0)
+    shortest, style = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+    check_choice("INPUT.MIN_SIZE_TRAIN_SAMPLING", style, ("choice", "range"))
+    # Outside of config files it may also be a single number.
+    sizes = [shortest] * 2 if is_whole(shortest) else shortest
+    valid = bool(sizes) and all(is_whole(size) and size >= 0 for size in sizes)
+    if style == "range":
+        valid = valid and len(sizes) == 2 and sizes[0] <= sizes[1]
+    if not valid:
+        form = "two, the smallest first" if style == "range" else "at least one"
+        raise ValueError(
+            f"INPUT.MIN_SIZE_TRAIN is {shortest!r}; with INPUT.MIN_SIZE_TRAIN_SAMPLING {style!r} it must be "
+            f"{form}, of short sides in pixels (0 for no resize)"
+        )
+
+
+def _check_crop(cfg: CfgNode, name: str) -> None:
+    if crops_by_name(cfg):
         raise ValueError(
             f"INPUT.AUGMENTATION is {name!r}, which crops on its own, but INPUT.CROP.ENABLED is True; "
             "set INPUT.CROP.ENABLED False, or INPUT.AUGMENTATION default"
         )
+    style, size = cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE
+    check_choice("INPUT.CROP.TYPE", style, ("relative", "relative_range", "absolute", "absolute_range"))
+    if style.startswith("relative"):
+        valid, form = all(is_finite(side) and 0 < side <= 1 for side in size), "shares above 0 and at most 1"
+    else:
+        valid, form = all(is_whole(side) and side >= 1 for side in size), "numbers of pixels"
+    if style == "absolute_range":
+        valid, form = valid and list(size) == sorted(size), f"{form}, the smaller first"
+    if not valid or len(size) != 2:
+        raise ValueError(f"INPUT.CROP.SIZE is {size!r}; with INPUT.CROP.TYPE {style!r} it must be two {form}")
+    _require_shapely(cfg, "INPUT.CROP.ENABLED is True", "set INPUT.CROP.ENABLED False")
+
+
+def _require_shapely(cfg: CfgNode, reason: str, otherwise: str) -> None:
     # Detectron2 imports it only when the first polygon is cropped, in a worker of a running training.
     if cfg.MODEL.MASK_ON and find_spec("shapely") is None:
         raise ValueError(
-            f"INPUT.AUGMENTATION is {name!r}, and cropping masks needs the package shapely, which is not "
-            "installed: pip install shapely, or set INPUT.AUGMENTATION default"
+            f"{reason}, and cropping masks needs the package shapely, which is not installed: "
+            f"pip install shapely, or {otherwise}"
         )
 
 
 def _lsj_values(cfg: CfgNode) -> tuple[int, tuple[float, float]]:
     size, scales = cfg.INPUT.LSJ.SIZE, cfg.INPUT.LSJ.SCALES
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"INPUT.LSJ.SIZE is {size!r}; it must be a number of pixels, such as 1024")
-    if len(scales) != 2 or not 0 < scales[0] <= scales[1]:
+    check_count("INPUT.LSJ.SIZE", size)
+    if len(scales) != 2 or not all(map(is_finite, scales)) or not 0 < scales[0] <= scales[1]:
         raise ValueError(
             f"INPUT.LSJ.SCALES is {scales!r}; it must be the smallest and the largest factor, both above 0, "
             "such as (0.1, 2.0)"

@@ -10,10 +10,15 @@ from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
+from ..checks import check_choice
 from .augmentation import build_augmentations, crops_by_name
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
+
+
+# Of those that Detectron2 reads, the ones that models can take: it makes YUV images in float64.
+IMAGE_FORMATS = ("RGB", "BGR", "L")
 
 
 class RevDatasetMapper(DatasetMapper):
@@ -28,8 +33,9 @@ class RevDatasetMapper(DatasetMapper):
         """Detectron2's arguments for a config, and the augmentations of `build_augmentations`.
 
         Raises:
-            ValueError: see `build_augmentations`.
+            ValueError: ``INPUT.FORMAT`` is not one that Detectron2 can train on; see `build_augmentations`.
         """
+        check_choice("INPUT.FORMAT", cfg.INPUT.FORMAT, IMAGE_FORMATS)
         augmentations = build_augmentations(cfg, is_train)
         arguments = super().from_config(cfg, is_train)
         if is_train and crops_by_name(cfg):
@@ -56,10 +62,19 @@ class RevDatasetMapper(DatasetMapper):
             # too, so ask the image itself whether it is the cause.
             if _is_readable(dataset_dict["file_name"], self.image_format):
                 raise
-            raise ValueError(
-                f"image {dataset_dict['file_name']} (image_id {dataset_dict.get('image_id')}) cannot be "
-                f"decoded: {error}; replace the file, or remove the image from the annotations"
-            ) from error
+            raise _undecodable(dataset_dict, error) from error
+
+    def check_readable(self, dataset_dict: dict[str, Any]) -> None:
+        """Read an entry's image as mapping would, and drop it.
+
+        Raises:
+            ValueError: the image is missing, cannot be decoded, or has another size than the entry says.
+        """
+        try:
+            image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
+        except Exception as error:
+            raise _undecodable(dataset_dict, error) from error
+        utils.check_image_size(dict(dataset_dict), image)
 
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: tuple[int, int]
@@ -73,6 +88,13 @@ class RevDatasetMapper(DatasetMapper):
             _make_floating(anno)
         transforms = T.TransformList([_as_masks_see_it(transform) for transform in transforms.transforms])
         super()._transform_annotations(dataset_dict, transforms, image_shape)
+
+
+def _undecodable(dataset_dict: dict[str, Any], error: Exception) -> ValueError:
+    return ValueError(
+        f"image {dataset_dict['file_name']} (image_id {dataset_dict.get('image_id')}) cannot be "
+        f"decoded: {error}; replace the file, or remove the image from the annotations"
+    )
 
 
 def _make_floating(anno: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..checks import check_choice
 from .coco import register_coco_json, registered_summary
 from .shapes import generate_shapes
 
@@ -122,8 +123,9 @@ def resolve_mask_format(cfg: CfgNode) -> None:
         cfg: a config, after ``register_datasets``.
 
     Raises:
-        ValueError: ``MODEL.MASK_ON``, but instances have no segmentation.
+        ValueError: ``INPUT.MASK_FORMAT`` is unknown; ``MODEL.MASK_ON``, but instances have no segmentation.
     """
+    check_choice("INPUT.MASK_FORMAT", cfg.INPUT.MASK_FORMAT, ("polygon", "bitmask"))
     if not cfg.MODEL.MASK_ON:
         return
     for name in _dataset_names(cfg):

@@ -21,6 +21,8 @@ MAX_DEGENERATE_SHARE = 0.01
 MIN_BOX_SIDE = 1e-5
 # How many offenders a message names.
 NUM_NAMED = 5
+# Images of each file that are decoded before a run: enough to notice a wrong folder or kind of file.
+NUM_SAMPLED = 8
 
 # The fields everything else relies on, by the COCO section they belong to.
 _FIELDS: dict[str, dict[str, type]] = {
@@ -43,6 +45,9 @@ class CocoSummary:
         num_instances: annotations that are kept, crowd regions included.
         num_masks: those of them that have a segmentation.
         num_rle: non-crowd instances whose segmentation is a run-length encoding.
+        num_crowds: kept annotations that are crowd regions.
+        sample: up to ``NUM_SAMPLED`` images spread over the file, as entries of Detectron2's dataset format
+            that have what it takes to read them.
         dropped: ids of the annotations left out of training and evaluation because they are degenerate.
     """
 
@@ -54,6 +59,8 @@ class CocoSummary:
     num_instances: int
     num_masks: int
     num_rle: int
+    num_crowds: int
+    sample: tuple[dict[str, Any], ...]
     dropped: frozenset[int]
 
 
@@ -93,6 +100,7 @@ def check_coco_json(name: str, json_file: str, image_root: str) -> CocoSummary:
     _check_references(where, images, categories, annotations)
     _check_image_files(name, json_file, image_root, images)
     num_masks, num_rle, dropped = _check_instances(where, images, annotations)
+    kept = [annotation for annotation in annotations if annotation["id"] not in dropped]
     categories = sorted(categories, key=lambda category: category["id"])
     return CocoSummary(
         json_file=json_file,
@@ -100,9 +108,11 @@ def check_coco_json(name: str, json_file: str, image_root: str) -> CocoSummary:
         category_ids=tuple(category["id"] for category in categories),
         classes=tuple(category["name"] for category in categories),
         num_images=len(images),
-        num_instances=len(annotations) - len(dropped),
+        num_instances=len(kept),
         num_masks=num_masks,
         num_rle=num_rle,
+        num_crowds=sum(annotation.get("iscrowd", 0) for annotation in kept),
+        sample=tuple(_readable_entry(image, image_root) for image in _spread(images)),
         dropped=frozenset(dropped),
     )
 
@@ -196,6 +206,21 @@ def _check_image_files(name: str, json_file: str, image_root: str, images: list[
             f"dataset '{name}': {len(missing)} of the {len(images)} images of {json_file} are not in "
             f"{image_root}: {_first(missing)}; check the image folder"
         )
+
+
+def _spread(images: list[dict]) -> list[dict]:
+    """Up to ``NUM_SAMPLED`` images, from the first to the last."""
+    count = min(NUM_SAMPLED, len(images))
+    return [images[index * (len(images) - 1) // max(count - 1, 1)] for index in range(count)]
+
+
+def _readable_entry(image: dict, image_root: str) -> dict[str, Any]:
+    return {
+        "file_name": os.path.join(image_root, image["file_name"]),
+        "image_id": image["id"],
+        "height": image["height"],
+        "width": image["width"],
+    }
 
 
 def _files_in(folder: str) -> set[str]:

@@ -350,8 +350,63 @@ def test_detectron2s_crop_still_comes_first_by_default(cfg):
 def test_impossible_jitter_is_an_error(cfg, key, value):
     cfg.INPUT.AUGMENTATION = "lsj"
     cfg.INPUT.LSJ[key] = value
-    with pytest.raises(ValueError, match=f"INPUT.LSJ.{key} is .*such as"):
+    with pytest.raises(ValueError, match=f"INPUT.LSJ.{key} (is|must be) "):
         RevDatasetMapper(cfg, True)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("RANDOM_FLIP", "diagonal"),
+        ("MIN_SIZE_TRAIN", ()),
+        ("MIN_SIZE_TRAIN", (-1,)),
+        ("MIN_SIZE_TRAIN", ("64",)),
+        ("MIN_SIZE_TRAIN_SAMPLING", "any"),
+        ("MIN_SIZE_TEST", -1),
+        ("MAX_SIZE_TRAIN", 0),
+        ("MAX_SIZE_TEST", 0),
+    ],
+)
+@pytest.mark.parametrize("is_train", [True, False])
+def test_values_that_detectron2_would_fail_on_later_are_named(cfg, key, value, is_train):
+    cfg.INPUT[key] = value
+    with pytest.raises(ValueError, match=f"INPUT.{key} (is|must be) "):
+        RevDatasetMapper(cfg, is_train)
+
+
+@pytest.mark.parametrize(
+    "sizes, valid", [((64, 96), True), ((96, 64), False), ((64,), False), ((1, 2, 3), False)]
+)
+def test_a_range_of_short_sides_has_two_ends(cfg, sizes, valid):
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = sizes, "range"
+    if valid:
+        RevDatasetMapper(cfg, True)
+    else:
+        with pytest.raises(ValueError, match="INPUT.MIN_SIZE_TRAIN is .*two, the smallest first"):
+            RevDatasetMapper(cfg, True)
+
+
+@pytest.mark.parametrize("sizes", [(0,), 64])
+def test_no_resize_and_a_single_number_remain_possible(cfg, sizes):
+    cfg.INPUT.MIN_SIZE_TRAIN = sizes
+    assert isinstance(RevDatasetMapper(cfg, True).augmentations.augs[0], T.ResizeShortestEdge)
+
+
+@pytest.mark.parametrize(
+    "style, size, message",
+    [
+        ("square", [0.9, 0.9], "INPUT.CROP.TYPE is 'square'"),
+        ("relative", [0.9], "INPUT.CROP.SIZE is .* two shares"),
+        ("relative_range", [-1.0, 2.0], "INPUT.CROP.SIZE is .* two shares"),
+        ("absolute", [0.9, 0.9], "INPUT.CROP.SIZE is .* two numbers of pixels"),
+        ("absolute_range", [64, 32], "INPUT.CROP.SIZE is .* the smaller first"),
+    ],
+)
+def test_impossible_crops_are_an_error(cfg, style, size, message):
+    cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE = True, style, size
+    with pytest.raises(ValueError, match=message):
+        RevDatasetMapper(cfg, True)
+    RevDatasetMapper(cfg, False)
 
 
 def test_missing_shapely_is_an_error_before_training(cfg, monkeypatch):
@@ -359,5 +414,9 @@ def test_missing_shapely_is_an_error_before_training(cfg, monkeypatch):
     cfg.INPUT.AUGMENTATION = "swin"
     RevDatasetMapper(cfg, True)  # boxes are cropped without it
     cfg.MODEL.MASK_ON = True
-    with pytest.raises(ValueError, match="cropping masks needs the package shapely.*pip install shapely"):
+    message = "cropping masks needs the package shapely.*pip install shapely"
+    with pytest.raises(ValueError, match=message):
+        RevDatasetMapper(cfg, True)
+    cfg.INPUT.AUGMENTATION, cfg.INPUT.CROP.ENABLED = "default", True
+    with pytest.raises(ValueError, match=f"INPUT.CROP.ENABLED is True, and {message}"):
         RevDatasetMapper(cfg, True)

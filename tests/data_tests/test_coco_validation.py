@@ -222,3 +222,24 @@ def test_malformed_segmentation_is_named(content, write, images, segmentation, m
     content["annotations"][0]["segmentation"] = segmentation
     with pytest.raises(ValueError, match=rf"annotations\[0\] \(id 1\): .*{message}"):
         check(write(content), images)
+
+
+def test_crowd_regions_are_counted(content, write, images):
+    assert check(write(content), images).num_crowds == 0
+    for annotation in content["annotations"][1:]:
+        annotation.update(iscrowd=1, segmentation=RLE)
+    assert check(write(content), images).num_crowds == 3
+
+
+@pytest.mark.parametrize(
+    "count, expected", [(1, [0]), (2, [0, 1]), (8, range(8)), (20, [0, 2, 5, 8, 10, 13, 16, 19])]
+)
+def test_a_few_images_from_the_whole_file_are_there_to_be_tried(content, write, images, count, expected):
+    content["images"] = [{**content["images"][0], "id": key} for key in range(count)]
+    for annotation in content["annotations"]:
+        annotation["image_id"] = 0
+    sample = check(write(content), images).sample
+    assert [entry["image_id"] for entry in sample] == list(expected)
+    path = os.path.join(images, "0.png")
+    assert all(entry == {**sample[0], "image_id": entry["image_id"]} for entry in sample)
+    assert sample[0] == {"file_name": path, "image_id": 0, "height": 40, "width": 60}

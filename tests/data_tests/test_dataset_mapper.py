@@ -77,3 +77,24 @@ def test_error_reaches_the_training_loop(cfg, records, num_workers):
     )
     with pytest.raises(ValueError, match=r"\.png .* cannot be decoded"):
         next(iter(loader))
+
+
+@pytest.mark.parametrize("image_format", ["rgb", "YUV-BT.601", "CMYK", ""])
+def test_an_image_format_that_models_cannot_take_is_an_error(cfg, image_format):
+    cfg.INPUT.FORMAT = image_format
+    with pytest.raises(ValueError, match=f"INPUT.FORMAT is '{image_format}'; allowed are 'RGB', 'BGR', 'L'"):
+        RevDatasetMapper(cfg, True)
+
+
+def test_images_can_be_tried_without_mapping_them(cfg, records):
+    mapper = RevDatasetMapper(cfg, True)
+    before = repr(records)
+    for record in records:
+        mapper.check_readable(record)
+    assert repr(records) == before
+    with open(records[1]["file_name"], "wb") as file:
+        file.write(b"not an image")
+    with pytest.raises(ValueError, match=r"1\.png \(image_id 11\) cannot be decoded"):
+        mapper.check_readable(records[1])
+    with pytest.raises(SizeMismatchError, match="Mismatched image shape"):
+        mapper.check_readable({**records[0], "height": 1})

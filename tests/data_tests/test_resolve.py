@@ -226,3 +226,10 @@ def test_first_registration_wins_over_another_by_the_user(pets, content, write, 
     register_coco_json("pets", write(content, "other.json"), images)
     with pytest.raises(ValueError, match="already registered with"):
         register_datasets(pets)
+
+
+@pytest.mark.parametrize("mask_on", [True, False])
+def test_an_unknown_mask_format_is_an_error(pets, mask_on):
+    pets.MODEL.MASK_ON, pets.INPUT.MASK_FORMAT = mask_on, "rle"
+    with pytest.raises(ValueError, match="INPUT.MASK_FORMAT is 'rle'; allowed are 'polygon', 'bitmask'"):
+        resolve_mask_format(pets)
