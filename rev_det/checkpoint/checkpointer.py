@@ -12,7 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from .files import join_digest, local_file, read_checkpoint, split_digest, unsafe_globals
-from .layouts import backbone_prefix, convert
+from .layouts import backbone_prefix, convert, holds_reversible_backbone
 from .loading import apply_plan, read_source
 from .plan import LoadMode, plan_load
 from .report import name_some
@@ -171,7 +171,23 @@ class RevCheckpointer(DetectionCheckpointer):
         with local_file(join_digest(url._replace(query="").geturl(), digest)) as (local, _):
             pass  # it is there, and what it should be
         self._other_mode = mode
-        return super().load(f"{local}?{url.query}" if url.query else local, checkpointables)
+        try:
+            return super().load(f"{local}?{url.query}" if url.query else local, checkpointables)
+        finally:
+            self._parsed_url_during_load = None  # after an error, Detectron2's next load would fail for it
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if not filename.endswith(".pyth"):
+            return super()._load_file(filename)
+        # What Detectron2 does with them, too; but it reads them by itself.
+        checkpoint = read_checkpoint(filename)
+        state = checkpoint.get("model_state")
+        if not isinstance(state, Mapping):
+            raise ValueError(
+                f"{filename} holds no 'model_state', which Detectron2 expects of files named .pyth; give it "
+                "a name in .pth if it holds a model's weights"
+            )
+        return {"model": dict(state), "matching_heuristics": True}
 
     def _torch_load(self, f: str) -> dict[str, Any]:
         return read_checkpoint(f)
@@ -181,6 +197,11 @@ class RevCheckpointer(DetectionCheckpointer):
         mode = self._other_mode
         if mode.resume:
             self._require_state(checkpoint, "the checkpoint")
+        if mode.strict and holds_reversible_backbone(checkpoint["model"]):
+            raise ValueError(
+                "the weights are a Rev-ViT's or Rev-MViT's, but the model's backbone is not reversible: "
+                "change MODEL.BACKBONE.NAME or MODEL.WEIGHTS. MODEL.REV.STRICT_WEIGHTS False loads what fits"
+            )
         incompatible = super()._load_model(checkpoint)
         wrong = incompatible.missing_keys  # those of another shape among them
         if wrong and (mode.resume or (mode.evaluation and mode.strict)):

@@ -75,7 +75,8 @@ def local_file(source: str | os.PathLike) -> Iterator[tuple[str, str]]:
         if not name.startswith(_DOWNLOADED):
             raise
         # It would otherwise be found there, and refused, for ever.
-        os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            os.unlink(path)
         raise ValueError(
             f"{error} (The downloaded copy was removed; it will be downloaded again.)"
         ) from error
@@ -113,7 +114,7 @@ def _local_path(name: str) -> str:
     if "://" in name:
         try:
             path = PathManager.get_local_path(name)
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, RuntimeError) as error:  # RuntimeError: catalog://
             raise FileNotFoundError(
                 f"{name} could not be downloaded: {error}. Check the address and the network, or bring the "
                 "file here by other means and name its path"
@@ -121,7 +122,8 @@ def _local_path(name: str) -> str:
     if os.path.isdir(path):
         raise ValueError(f"{name} is a directory; name the weight file itself")
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"weight file {name} does not exist")
+        known = f"; addresses start with {', '.join(_DOWNLOADED)}" if "://" in name else ""
+        raise FileNotFoundError(f"weight file {name} does not exist{known}")
     return path
 
 

@@ -18,11 +18,12 @@ import yaml
 # Of PySlowFast, mmpretrain and Detectron2 checkpoints.
 CONTAINER_KEYS = ("model_state", "state_dict", "model")
 
-# What tells a layout, after the prefix (group 1) that a wrapping module gives to the backbone.
+# What tells a layout, after the prefix (group 1) that a wrapping module gives to the backbone. Ours is the
+# first: the heads of a detector may have names that look like another layout's.
 _LAYOUTS = {
+    "rev_det": re.compile(r"((?:.*?\.)?)blocks\.\d+\.[FG]\."),
     "pyslowfast": re.compile(r"((?:.*?\.)?)rev_backbone\.layers\.\d+\."),
     "mmpretrain": re.compile(r"((?:.*?\.)?)layers\.\d+\.(?:ln1|ln2|attn\.qkv|ffn\.layers)\."),
-    "rev_det": re.compile(r"((?:.*?\.)?)blocks\.\d+\.[FG]\."),
 }
 
 _PYSLOWFAST_NAMES = (
@@ -164,6 +165,15 @@ def backbone_prefix(keys: Iterable[str], name: str = "the model") -> str | None:
         ValueError: there are several.
     """
     return find_prefix(keys, _LAYOUTS["rev_det"], name)
+
+
+def holds_reversible_backbone(keys: Iterable[str]) -> bool:
+    """Whether keys are a Rev-ViT's or Rev-MViT's beyond doubt.
+
+    mmpretrain's are not: its ordinary ViT has them, too.
+    """
+    sure = (_LAYOUTS["rev_det"], _LAYOUTS["pyslowfast"])
+    return any(pattern.match(key) for key in keys for pattern in sure)
 
 
 def find_prefix(keys: Iterable[str], pattern: re.Pattern, name: str) -> str | None:

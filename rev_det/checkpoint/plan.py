@@ -84,6 +84,7 @@ class _Planner:
         self.warnings: list[str] = []
         self.mismatched: dict[str, tuple[int, ...]] = {}  # with the source's shapes
         self.class_heads: list[str] = []
+        self._classes = ("", 0, 0)  # with class heads: as `_count_classes` says
 
     def plan(self) -> LoadPlan:
         values = self._match_names()
@@ -159,6 +160,7 @@ class _Planner:
         if not any(match.group(1) for match in matches.values()):
             return
         self.class_heads = list(matches)
+        self._classes = self._count_classes()
         if self.mode.resume or (self.mode.evaluation and self.strict):
             return
         self.warnings.append(
@@ -170,13 +172,22 @@ class _Planner:
         self.report.initialised += self.class_heads
 
     def _class_counts(self) -> str:
+        node, theirs, ours = self._classes
+        counts = f"{theirs} in the file, {ours} in the model ({node}.NUM_CLASSES)"
+        return f"The heads are for another number of classes: {counts}"
+
+    def _count_classes(self) -> tuple[str, int, int]:
+        """The config node of the heads that differ in classes, the file's number of them, and the model's."""
         key = next(key for key in self.class_heads if _CLASS_ROWS.fullmatch(key).group(1))
         theirs, ours = self.mismatched[key][0], self.targets[key].shape[0]
-        if "box_predictor" in key:
-            counts = f"{theirs - 1} in the file, {ours - 1} in the model (MODEL.ROI_HEADS.NUM_CLASSES)"
-        else:  # RetinaNet's have rows for every anchor and class
-            counts = f"{key} has {theirs} rows in the file, {ours} in the model"
-        return f"The heads are for another number of classes: {counts}"
+        if "box_predictor" in key:  # with one row for the background
+            return "MODEL.ROI_HEADS", theirs - 1, ours - 1
+        if "sem_seg_head" in key:
+            return "MODEL.SEM_SEG_HEAD", theirs, ours
+        # RetinaNet's have rows for every anchor and class; its boxes, four for every anchor.
+        boxes = self.targets.get(key.replace("cls_score", "bbox_pred"))
+        anchors = boxes.shape[0] // 4 if boxes is not None else 1
+        return "MODEL.RETINANET", theirs // anchors, ours // anchors
 
     def _judge(self) -> None:
         """Raise, or warn of, whatever does not fit."""
@@ -209,7 +220,19 @@ class _Planner:
             if self.strict:
                 raise ValueError(f"{text}. {self._way_out()}")
             self.warnings.append(text)
+        elif not self.mode.resume:
+            self._warn_of_heads()
         report.missing += self.mismatched
+
+    def _warn_of_heads(self) -> None:
+        """Our files do not say for how many heads they are: they may be a published one's, converted."""
+        if (heads := self._other_heads()) is not None:
+            size = read_geometry(self.source.backbone)
+            self.warnings.append(
+                f"{self.name} has the size of a {size}, whose first block has {heads} attention heads; the "
+                f"model's has {self.num_heads} (NUM_HEADS). That is right for weights that were trained so, "
+                "and wrong for a published file's that were converted"
+            )
 
     def _shapes(self) -> list[str]:
         return [
@@ -231,19 +254,27 @@ class _Planner:
             causes.append(f"{text}, with another {', '.join(sizes)}" if str(theirs) == str(ours) else text)
         elif self.class_heads and self.class_heads[0] in self.mismatched:
             causes.append(self._class_counts())
-        heads = self.source.num_heads
-        if self.source.layout != "rev_det":
-            heads = NAMED_HEADS.get(theirs.model, heads)
-        if heads is not None and self.num_heads is not None and heads != self.num_heads and not causes:
+        heads = self._other_heads()
+        if heads is not None and self.source.layout != "rev_det" and not causes:
             causes.append(
                 f"Another number of attention heads: the file's first block has {heads}, the model's has "
                 f"{self.num_heads} (NUM_HEADS)"
             )
         return causes
 
+    def _other_heads(self) -> int | None:
+        """Attention heads of the first block of the source, if they are known and not the model's."""
+        heads = NAMED_HEADS.get(read_geometry(self.source.backbone).model, self.source.num_heads)
+        return None if self.num_heads in (None, heads) else heads
+
     def _way_out(self) -> str:
         if self.mode.resume:
             return "Resume with the config the run was started with, or start a new run in another OUTPUT_DIR"
+        if self.class_heads and self.mismatched.keys() == set(self.class_heads):
+            return (
+                f"Evaluate weights for the model's classes, or set {self._classes[0]}.NUM_CLASSES to the "
+                "file's; strict=False (MODEL.REV.STRICT_WEIGHTS False) leaves these heads as initialised"
+            )
         node = "MODEL.REV_MVIT" if is_mvit(self.source.backbone) else "MODEL.REV_VIT"
         return (
             f"Take the file that is meant for this model, or set {node} to what the file holds; strict=False "

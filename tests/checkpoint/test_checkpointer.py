@@ -273,6 +273,36 @@ def test_other_models_load_as_in_detectron2_but_safely(tmp_path):
         RevCheckpointer(target).load(str(tmp_path / "gone.pth"))
 
 
+def test_other_models_read_files_named_pyth_as_in_detectron2_but_safely(tmp_path):
+    source, target = Other(), Other()
+    path = tmp_path / "pycls.pyth"
+    torch.save({"model_state": source.state_dict(), "epoch": 3}, path)
+    checkpointer = RevCheckpointer(target)
+    checkpointer.load(str(path))
+    assert same(target.state_dict(), source.state_dict())
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    with pytest.raises(ValueError, match="damaged or truncated"):
+        checkpointer.load(str(path))
+    torch.save(source.state_dict(), path)
+    with pytest.raises(ValueError, match="pycls.pyth holds no 'model_state'"):
+        checkpointer.load(str(path))
+    # An error is no obstacle to the next load.
+    path.write_bytes(content)
+    checkpointer.load(str(path))
+
+
+@pytest.mark.parametrize("evaluation", [True, False])
+def test_a_reversible_models_weights_are_refused_for_other_models(official_vit, tmp_path, evaluation):
+    published, own = tmp_path / "REV_VIT_S.pyth", tmp_path / "own.pth"
+    torch.save(pyslowfast_container(official_vit), published)
+    torch.save({"model": make_detector().state_dict()}, own)
+    for path in (str(published), str(own)):
+        with pytest.raises(ValueError, match=r"Rev-MViT's, but the model's backbone is not .*BACKBONE\.NAME"):
+            RevCheckpointer(Other(), evaluation=evaluation).load(path)
+        RevCheckpointer(Other(), evaluation=evaluation, strict_weights=False).load(path)
+
+
 def test_other_models_are_evaluated_and_resumed_whole_or_not_at_all(tmp_path):
     backbone = {f"backbone.{key}": value for key, value in Other().backbone.state_dict().items()}
     torch.save({"model": backbone}, tmp_path / "backbone.pth")

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from rev_det.checkpoint import read_checkpoint
+from rev_det.checkpoint import files, read_checkpoint
 
 STATE = {"a": torch.arange(600.0).view(20, 30), "b": torch.ones(3)}
 
@@ -221,6 +221,29 @@ def test_an_error_page_that_is_downloaded_does_not_stay(serve, tmp_path):
     url, _ = serve(b"<html>moved</html>", 18)
     refuse(url, "web page")
     assert cached(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "address, words",
+    [
+        ("s3://bucket/weights.pth", "addresses start with http://, https://"),
+        ("catalog://no/such/weights.pth", "could not be downloaded: .*not present"),
+    ],
+)
+def test_an_address_of_another_kind(address, words):
+    refuse(address, words, FileNotFoundError)
+
+
+def test_a_download_that_another_process_has_removed_already_is_the_same_error(serve, tmp_path, monkeypatch):
+    url, _ = serve(b"<html>moved</html>", 18)
+    unlink = os.unlink
+
+    def unlink_twice(path):
+        unlink(path)
+        unlink(path)
+
+    monkeypatch.setattr(files.os, "unlink", unlink_twice)
+    refuse(url, "web page.*will be downloaded again")
 
 
 def test_an_address_that_does_not_answer(serve, tmp_path):

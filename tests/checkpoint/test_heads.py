@@ -1,6 +1,7 @@
 """A detector's heads: for another number of classes, and not in the file at all."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -22,13 +23,16 @@ CLASS_HEADS = {
     "arch, words",
     [
         ("GeneralizedRCNN", r"5 in the file, 3 in the model \(MODEL.ROI_HEADS.NUM_CLASSES\)"),
-        ("RetinaNet", "head.cls_score.weight has 15 rows in the file, 9 in the model"),
+        ("RetinaNet", r"5 in the file, 3 in the model \(MODEL.RETINANET.NUM_CLASSES\)"),
     ],
 )
 def test_heads_for_other_classes_start_anew_in_training_and_are_an_error_in_evaluation(arch, words, caplog):
     source = make_detector(classes=5, arch=arch).state_dict()
     target = make_detector(classes=3, arch=arch)
-    refuse(target, source, f"another number of classes: {words}", evaluation=True)
+    text = refuse(target, source, f"another number of classes: {words}", evaluation=True)
+    key = re.search(r"MODEL\.\w+\.NUM_CLASSES", words.replace("\\", "")).group()
+    assert f"set {key} to the file's" in text
+    assert "MODEL.REV_MVIT" not in text  # the backbone fits
     before = snapshot(target)
     with caplog.at_level(logging.WARNING, "rev_det"):
         report = load_pretrained(target, source)

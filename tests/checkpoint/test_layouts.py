@@ -121,6 +121,15 @@ def test_arrays_are_converted_as_tensors_are(official_mvit):
     assert same({k: torch.from_numpy(v) for k, v in converted.items()}, convert_state_dict(official_mvit))
 
 
+def test_heads_that_are_named_as_another_layout_are_heads():
+    ours = make_vit().state_dict()
+    heads = {f"decoder.layers.0.{name}": torch.zeros(3) for name in ("ln1.weight", "attn.qkv.bias")}
+    converted = convert({**heads, **{f"backbone.net.{key}": value for key, value in ours.items()}})
+    assert converted.layout == "rev_det"
+    assert same(converted.backbone, ours)
+    assert converted.others.keys() == heads.keys()
+
+
 def test_an_entry_without_a_place_is_an_error(official_vit):
     with pytest.raises(ValueError, match=r"pyslowfast.*rev_backbone\.layers\.0\.extra"):
         convert_state_dict({**official_vit, "rev_backbone.layers.0.extra": torch.zeros(1)})

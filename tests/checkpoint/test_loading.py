@@ -244,6 +244,17 @@ def test_another_number_of_heads_is_an_error_though_every_shape_fits(official_vi
     assert load_pretrained(make_vit(num_heads=8), make_vit().state_dict()).loaded == 69
 
 
+def test_other_heads_than_those_of_the_published_size_are_a_warning_for_our_own_files(caplog):
+    small = RevViT(embed_dim=384, num_heads=6).state_dict()  # as a converted file is, too
+    with caplog.at_level(logging.WARNING, "rev_det"):
+        load_pretrained(RevViT(embed_dim=384, num_heads=6), small)
+        assert caplog.text == ""
+        load_pretrained(RevViT(embed_dim=384, num_heads=12), small)
+    (record,) = caplog.records
+    assert "Rev-ViT-S (width 384, depth 12), whose first block has 6 attention heads" in record.getMessage()
+    assert "the model's has 12 (NUM_HEADS)" in record.getMessage()
+
+
 @pytest.mark.parametrize("key", ["norm.weight", "rev_backbone.layers.2.G.mlp.fc1.bias", "pos_embed"])
 def test_a_missing_tensor_is_an_error(official_vit, key):
     state = {k: v for k, v in official_vit.items() if k != key}

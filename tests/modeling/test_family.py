@@ -1,17 +1,24 @@
 """The variants of the paper's ablations and the non-reversible baselines."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from detectron2.modeling import build_backbone
+from detectron2.config import get_cfg
+from detectron2.modeling import build_backbone, build_model
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
 from test_backbones import NANO, assert_same, images, loss_of, make, step
 from test_build import nano_config
 
-from rev_det.checkpoint import inspect_weights, load_pretrained
+from rev_det import add_rev_det_config
+from rev_det.checkpoint import RevCheckpointer, inspect_weights, load_pretrained
 from rev_det.modeling import RevMViT, RevViT
 from rev_det.modeling.fusion import FUSIONS, TERMINATIONS, ScaleNorm, build_fusion
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 VARIANTS = [
     *((RevMViT, {"fusion": fusion}) for fusion in FUSIONS),
     *((cls, {"termination": termination}) for cls in (RevMViT, RevViT) for termination in TERMINATIONS),
@@ -51,6 +58,53 @@ def test_variants_learn_and_are_saved_and_loaded(cls, variant, tmp_path):
     assert report.loaded == len(model.state_dict())
     for a, b in zip(model.eval()(x).values(), again.eval()(x).values(), strict=True):
         assert torch.equal(a, b)
+
+
+OPTIONS = [
+    *(("MODEL.REV_MVIT.FUSION", fusion) for fusion in FUSIONS),
+    *(("MODEL.REV.TERMINATION", termination) for termination in TERMINATIONS[1:]),
+    ("MODEL.REV.INNER_RESIDUAL", True),
+]
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=[str(value) for _, value in OPTIONS])
+def test_the_nano_config_trains_with_every_option_and_is_saved_and_loaded(option, tmp_path):
+    cfg = get_cfg()
+    add_rev_det_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / "Quickstart/mask_rcnn_rev_mvit_nano_fpn.yaml"))
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NUM_CLASSES", 3, *option])
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(4):
+        torch.manual_seed(1)  # the same draws of boxes to train on
+        with EventStorage():
+            loss = sum(model([square_image()]).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    RevCheckpointer(model, str(tmp_path)).save("model_final")
+    again = build_model(cfg)
+    RevCheckpointer(again, evaluation=True).load(str(tmp_path / "model_final.pth"))
+    state = again.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    x = images(1, 64, 64, torch.float32)
+    features, expected = again.eval().backbone(x), model.eval().backbone(x)
+    assert all(torch.equal(features[name], expected[name]) for name in expected)
+
+
+def square_image():
+    """A picture of 64 px with one square on it, as Detectron2's data loader would give it."""
+    instances = Instances((64, 64))
+    instances.gt_boxes = Boxes(torch.tensor([[16.0, 16.0, 48.0, 48.0]]))
+    instances.gt_classes = torch.tensor([1])
+    instances.gt_masks = PolygonMasks([[np.array([16.0, 16, 48, 16, 48, 48, 16, 48])]])
+    image = torch.zeros(3, 64, 64)
+    image[:, 16:48, 16:48] = 255.0
+    return {"image": image, "instances": instances, "height": 64, "width": 64}
 
 
 def test_variants_differ_from_each_other_and_the_channels_stay():
