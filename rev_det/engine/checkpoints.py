@@ -177,6 +177,9 @@ class Evaluation(EvalHook):
 
 def _link_or_copy(source: str, path: str) -> None:
     """Give a file another name, in one step; as a copy where the file system has no links."""
+    # A resumed run evaluates once more. Between two names of one file a rename would do nothing.
+    if os.path.exists(path) and os.path.samefile(source, path):
+        return
     temporary = f"{path}.tmp"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)

@@ -198,6 +198,19 @@ def test_the_last_checkpoints_and_the_best_are_kept(trainer, tmp_path, monkeypat
     assert summary["metrics"] == {"bbox/AP": 45.0}
 
 
+def test_a_checkpoint_that_is_the_best_twice_leaves_nothing_behind(trainer, tmp_path, monkeypatch):
+    # Evaluated, then resumed from a time before that and evaluated again.
+    monkeypatch.setattr(Trainer, "test", lambda *args: {"bbox": {"AP": 30.0}})
+    monkeypatch.setattr("rev_det.engine.hooks.Predictions._draw", lambda self: None)
+    opts = ("DATASETS.TEST", "('tiny',)", "TEST.EVAL_PERIOD", "3", "SOLVER.MAX_ITER", "4")
+    trainer(*opts).train()
+    (tmp_path / "output/last_checkpoint").write_text("model_0000002.pth")
+    trainer(*opts, resume=True).train()
+    best = tmp_path / "output/model_best.pth"
+    assert best.samefile(tmp_path / "output/model_0000002.pth")
+    assert not list((tmp_path / "output").glob("*.tmp"))
+
+
 def test_what_was_best_is_remembered_by_a_resumed_run(trainer, tmp_path, monkeypatch):
     results = iter([{"bbox": {"AP": ap}} for ap in (30.0, 50.0, 20.0, 20.0, 40.0, 45.0)])
     monkeypatch.setattr(Trainer, "test", lambda *args: next(results))
