@@ -22,7 +22,7 @@ endef
 
 # lint and test set up the same environment
 .NOTPARALLEL:
-.PHONY: help setup demo test test-slow lint format lint-setup clean
+.PHONY: help setup demo test test-slow lint format lint-setup docs clean
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -49,6 +49,9 @@ format: lint-setup ## bring the code into that form
 
 lint-setup:
 	$(run_installer) --lint
+
+docs: setup ## build the documentation into build/docs
+	$(VENV_PYTHON) -m mkdocs build --clean
 
 clean: ## remove caches and build products; the environment and output/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -47,6 +47,7 @@ EXTRAS = {
     "baselines": ["timm>=0.9.12"],
     # a faster COCO evaluation than pycocotools, with equal numbers
     "eval": ["faster-coco-eval>=1.6"],
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
 }
 
 # All four provide the same cv2 folder: an environment should hold only one of them.

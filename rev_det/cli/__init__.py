@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,8 +12,21 @@ from .. import __version__
 
 # Each module has SUMMARY (one line of help), add_arguments(parser) and run(args) -> exit code. What they need
 # they import in `run`: `rev-det --help` is quick, and `rev-det doctor` works where something is missing.
-COMMANDS: tuple[str, ...] = ("weights", "classify", "bench", "analyze")
+COMMANDS: tuple[str, ...] = (
+    "train",
+    "predict",
+    "report",
+    "export",
+    "data",
+    "doctor",
+    "weights",
+    "classify",
+    "bench",
+    "analyze",
+)
 _USER_ERROR_CODE = 2
+# Read when torch is imported: threads that wait for work shall sleep, as train_net.py explains.
+_WAIT_POLICY = "OMP_WAIT_POLICY"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         the exit code: 2 after one line ``error: …`` on the standard error stream for what the user can mend.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["train"]:
+        if argv is None and _WAIT_POLICY not in os.environ:
+            _restart()
+        words.insert(1, "--")
     parser = argparse.ArgumentParser(
         prog="rev-det", description="Reversible vision transformers for Detectron2."
     )
@@ -33,9 +52,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, module in modules.items():
         subparser = subparsers.add_parser(name, help=module.SUMMARY, description=module.__doc__)
         module.add_arguments(subparser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     try:
         return modules[args.command].run(args)
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return _USER_ERROR_CODE
+        message = str(error)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "detectron2":
+            raise
+        message = f"{args.command} needs Detectron2, which is not installed: see `rev-det doctor`"
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return _USER_ERROR_CODE
+
+
+def _restart() -> None:
+    """The same program again, with sleeping threads: importing this package has imported torch already."""
+    os.environ[_WAIT_POLICY] = "PASSIVE"
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 # Part of every set's stamp: to be raised whenever the drawing changes, so that old sets are drawn anew.
 _VERSION = 2
-_CLASSES = ("circle", "square", "triangle")
+CLASSES = ("circle", "square", "triangle")
 # Middle of each class's range of hues: red to yellow, green to cyan, blue to magenta. Colour is a hint, so
 # that a thousand iterations suffice to learn the shapes.
 _HUES = (0.06, 0.41, 0.74)
@@ -155,7 +155,7 @@ def _draw_set(image_folder: str, stamp: dict[str, Any]) -> dict[str, Any]:
         "images": images,
         "annotations": annotations,
         "categories": [
-            {"id": index + 1, "name": name, "supercategory": "shape"} for index, name in enumerate(_CLASSES)
+            {"id": index + 1, "name": name, "supercategory": "shape"} for index, name in enumerate(CLASSES)
         ],
     }
 
@@ -170,13 +170,13 @@ def _draw_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[_
     regions: list[_Region] = []
     count = int(rng.integers(1, 5))
     if rng.uniform() < _CROWD_PROBABILITY:
-        category = int(rng.integers(len(_CLASSES)))
+        category = int(rng.integers(len(CLASSES)))
         place = functools.partial(_crowd_alpha, rng, size, category)
         _add_region(canvas, regions, place, _fill(rng, size, category), category, crowd=True)
     # Large ones first: behind, or little would be left of the small ones.
     extents = np.sort(np.exp(rng.uniform(np.log(_MIN_EXTENT), np.log(_MAX_EXTENT), size=count)))[::-1]
     for extent in extents:
-        category = int(rng.integers(len(_CLASSES)))
+        category = int(rng.integers(len(CLASSES)))
         place = functools.partial(_shape_alpha, rng, size, category, float(extent) * size)
         _add_region(canvas, regions, place, _fill(rng, size, category), category)
     return np.clip(np.rint(canvas), 0, 255).astype(np.uint8), regions
@@ -241,10 +241,10 @@ def _outline(rng: np.random.Generator, category: int) -> np.ndarray:
     """The corners of a shape around the origin, at most 1 wide and high before it is turned, (N, 2)."""
     aspect = rng.uniform(0.75, 1)
     turn = rng.uniform(-np.pi / 9, np.pi / 9) + rng.integers(4) * np.pi / 2
-    if _CLASSES[category] == "circle":
+    if CLASSES[category] == "circle":
         angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
         corners = 0.5 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    elif _CLASSES[category] == "square":
+    elif CLASSES[category] == "square":
         corners = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
     else:
         # The centroid at the origin, so that a hole is in the middle.

@@ -1,4 +1,4 @@
-"""The reversible core and, where Detectron2 is installed, the registered backbones."""
+"""The reversible core and, where Detectron2 works, the registered backbones."""
 
 from importlib.util import find_spec
 
@@ -6,18 +6,27 @@ from .reversible import ReversibleSequence
 
 __all__ = ["ReversibleSequence", "RevMViT", "RevViT"]
 
-if find_spec("detectron2") is not None:
-    from . import baselines, build
-    from .rev_mvit import RevMViT
-    from .rev_vit import RevViT
-
-    __all__ += ["baselines", "build"]
+_OBSTACLE, _CAUSE = "", None
+if find_spec("detectron2") is None:
+    _OBSTACLE = (
+        "which is not installed. In a checkout of rev_det `make setup` installs it; elsewhere see "
+        "https://detectron2.readthedocs.io/tutorials/install.html"
+    )
 else:
+    # A Detectron2 that is there but broken may raise anything. `rev-det doctor`, which says what to do about
+    # it, imports this package, too.
+    try:
+        from . import baselines, build
+        from .rev_mvit import RevMViT
+        from .rev_vit import RevViT
 
-    def __getattr__(name: str):
-        if name in ("RevMViT", "RevViT", "baselines", "build"):
-            raise ImportError(
-                f"rev_det.modeling.{name} needs Detectron2, which is not installed. In a checkout of rev_det "
-                "`make setup` installs it; elsewhere see https://detectron2.readthedocs.io/tutorials/install.html"
-            )
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        __all__ += ["baselines", "build"]
+    except Exception as error:
+        _CAUSE = error
+        _OBSTACLE = f"which cannot be imported ({type(error).__name__}: {error}); run `rev-det doctor`"
+
+
+def __getattr__(name: str):
+    if _OBSTACLE and name in ("RevMViT", "RevViT", "baselines", "build"):
+        raise ImportError(f"rev_det.modeling.{name} needs Detectron2, {_OBSTACLE}") from _CAUSE
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,107 @@
+"""Look at data in COCO's format before training on them: check all of it, and see some of it."""
+
+from __future__ import annotations
+
+import argparse
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..data.check import Finding
+
+SUMMARY = "check and view data in COCO's format"
+
+_FORM = "NAME=JSON:IMAGES"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    check = actions.add_parser(
+        "check",
+        help="say what is wrong, and how bad",
+        description="Examine annotations and decode every image: broken files, wrong sizes, masks and boxes "
+        "outside, empty classes, duplicate ids; with several sets also images that two of them share. The "
+        "exit code is 1 if there are errors: training would stop, or mean nothing.",
+    )
+    check.add_argument(
+        "sets", nargs="+", metavar=_FORM, help="a name, annotations and the folder of the images"
+    )
+    check.set_defaults(perform=_check)
+
+    view = actions.add_parser(
+        "view",
+        help="draw annotated images",
+        description="Draw a contact sheet of annotated images, chosen by chance.",
+    )
+    view.add_argument("set", metavar=_FORM, help="a name, annotations and the folder of the images")
+    view.add_argument("--output", metavar="FILE", help="the picture (default: NAME.png)")
+    view.add_argument("--num", type=int, default=16, metavar="N", help="images at most (default: 16)")
+    view.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="another one shows others (default: 0)"
+    )
+    view.add_argument(
+        "--classes", nargs="+", default=[], metavar="NAME", help="images with one of these alone"
+    )
+    view.set_defaults(perform=_view)
+
+
+def run(args: argparse.Namespace) -> int:
+    return args.perform(args)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from ..data import parse_dataset_argument
+    from ..data.check import ERROR, WARNING, check_data, check_overlap
+
+    sets = [parse_dataset_argument(text) for text in args.sets]
+    names = [name for name, *_ in sets]
+    if len(set(names)) < len(names):
+        raise ValueError(f"data sets must have different names, got {', '.join(names)}")
+    reports = []
+    for name, json_file, image_root in sets:
+        with tqdm(unit="image", desc=name, leave=False, delay=1) as bar:
+
+            def show(count: int, total: int, bar: tqdm = bar) -> None:
+                bar.total = total
+                bar.update(count - bar.n)
+
+            reports.append(check_data(name, json_file, image_root, show))
+    findings = []
+    for report in reports:
+        counts = f"{report.num_images} images, {report.num_instances} instances, {report.num_classes} classes"
+        findings += _show(f"{report.name}: {counts}", report.findings)
+    for one, other in combinations(reports, 2):
+        findings += _show(f"{one.name} and {other.name}", check_overlap(one, other))
+    errors, warnings = (sum(f.severity == severity for f in findings) for severity in (ERROR, WARNING))
+    print(f"\n{_counted(errors, 'error')}, {_counted(warnings, 'warning')}")
+    return 1 if errors else 0
+
+
+def _view(args: argparse.Namespace) -> int:
+    from ..data import parse_dataset_argument, register_coco_json
+    from ..data.view import draw_annotations
+
+    name, json_file, image_root = parse_dataset_argument(args.set)
+    register_coco_json(name, json_file, image_root)
+    path = args.output or f"{name}.png"
+    count = draw_annotations(name, path, args.num, args.seed, args.classes)
+    print(f"{_counted(count, 'image')} of '{name}' drawn in {path}")
+    return 0
+
+
+def _show(title: str, findings: Sequence[Finding]) -> Sequence[Finding]:
+    print(title)
+    for finding in findings:
+        print(f"  {finding.severity:7}  {finding.text}")
+    if not findings:
+        print("  ok")
+    return findings
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"

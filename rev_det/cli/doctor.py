@@ -1,0 +1,28 @@
+"""Examine the installation: versions, CUDA, Detectron2, operators, gradients; for each problem its fix.
+
+The exit code is 1 if there are problems.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = "examine the installation"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..doctor import PROBLEM, examine
+
+    findings = examine()
+    width = max(len(finding.what) for finding in findings)
+    for finding in findings:
+        print(f"{finding.status:7}  {finding.what:{width}}  {finding.detail}")
+        if finding.fix:
+            print(f"{'':{width + 9}}  fix: {finding.fix}")
+    problems = sum(finding.status == PROBLEM for finding in findings)
+    print(f"\n{problems} {'problem' if problems == 1 else 'problems'}" if problems else "\nno problems")
+    return 1 if problems else 0

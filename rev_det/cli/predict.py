@@ -1,0 +1,113 @@
+"""Predict with a trained detector on images and videos: pictures, and results in COCO's format."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..predict import PredictionWriter
+
+SUMMARY = "predict on images, folders and videos"
+
+_EPILOG = """
+examples:
+  with what a training run wrote, on a folder and a video:
+    rev-det predict photos/ street.mp4 --run output/demo
+  with weights and the name of a config, a few classes alone:
+    rev-det predict "photos/**/*.jpg" --config mask_rcnn_rev_mvit_b_fpn_3x --weights model_final.pth
+        --classes person dog --threshold 0.7
+  results for an evaluation, with the image ids of its file:
+    rev-det predict val/ --run output --dataset-json val.json --threshold 0.05 --no-pictures
+"""
+# Classes to list in the summary.
+_LISTED = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="image or video files, folders, patterns in quotes"
+    )
+    model = parser.add_argument_group("detector")
+    model.add_argument(
+        "--run", metavar="DIR", help="OUTPUT_DIR of a training: its config and last checkpoint"
+    )
+    model.add_argument("--weights", metavar="FILE", help="of a trained detector")
+    model.add_argument(
+        "--config",
+        metavar="NAME",
+        help="a config file or a zoo name (default: config.yaml beside the weights)",
+    )
+    model.add_argument(
+        "--dataset-json",
+        metavar="FILE",
+        help="in COCO's format: names of the classes, ids of the images (default: the data trained on)",
+    )
+    what = parser.add_argument_group("what is kept and written")
+    what.add_argument("--output", default="predictions", metavar="DIR", help="folder (default: predictions)")
+    what.add_argument("--threshold", type=float, default=0.5, metavar="S", help="lowest score (default: 0.5)")
+    what.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="these alone (default: all)")
+    what.add_argument("--no-pictures", action="store_true", help="write the JSON files alone")
+    how = parser.add_argument_group("how")
+    how.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at a time (default: 1)")
+    how.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    how.add_argument(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="mixed precision (default: as the config says on a GPU, none on the CPU)",
+    )
+    how.add_argument(
+        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys that override the config's"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict, write, and say what was found.
+
+    Returns:
+        0, or 1 if some files could not be read; they are named at the end.
+
+    Raises:
+        ValueError, OSError: arguments, inputs, config or weights that cannot be used.
+    """
+    from detectron2.utils.logger import setup_logger
+    from tqdm import tqdm
+
+    from ..predict import Origin, PredictionWriter, find_sources, load_detector, predict, refuse_overwriting
+
+    setup_logger(name="rev_det")
+    sources = find_sources(args.inputs)
+    refuse_overwriting(args.output, sources)
+    detector = load_detector(
+        Origin.find(args.run, args.config, args.weights),
+        device=args.device,
+        threshold=args.threshold,
+        only=args.classes,
+        amp=args.amp,
+        dataset_json=args.dataset_json,
+        opts=args.opts,
+    )
+    with PredictionWriter(args.output, detector.classes, args.dataset_json, not args.no_pictures) as writer:
+        total = sum(source.num_frames() for source in sources)
+        with tqdm(total=total, unit="image", desc=f"predict ({detector.precision})") as bar:
+            failures = predict(detector, sources, writer, args.batch_size, bar.update)
+    print(_summary(writer, len(sources) - len(failures)))
+    if failures:
+        sys.stderr.write(f"{len(failures)} of {len(sources)} files could not be read:\n")
+        for path, reason in failures:
+            sys.stderr.write(f"  {path}: {reason}\n")
+        return 1
+    return 0
+
+
+def _summary(writer: PredictionWriter, files: int) -> str:
+    found = writer.counts.most_common()
+    listed = ", ".join(f"{count} {name}" for name, count in found[:_LISTED])
+    more = f" and {len(found) - _LISTED} more classes" if len(found) > _LISTED else ""
+    objects = sum(writer.counts.values())
+    what = f"{objects} object{'s' * (objects != 1)} in {files} file{'s' * (files != 1)}"
+    return f"{what}{': ' if listed else ''}{listed}{more}\nwritten to {writer.folder}"

@@ -1,0 +1,275 @@
+"""A trained detector, ready to predict: from a training run's folder, or from a config and weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import transforms as T
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from torch import nn
+
+from .. import model_zoo
+from ..analysis.cases import read_config
+from ..checkpoint import RevCheckpointer
+from ..checkpoint.named import PUBLISHED
+from ..config import add_rev_det_config
+from ..engine import Precision
+from .classes import Classes, classes_from_json, classes_of_config
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+logger = logging.getLogger(__name__)
+
+# Detectron2's default, which cannot be told from an explicit 80.
+_DEFAULT_NUM_CLASSES = 80
+_CONFIG = "config.yaml"  # what a training run writes into its folder
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a detector is from.
+
+    Attributes:
+        config_file: path of its config.
+        weights: path or URL.
+    """
+
+    config_file: str
+    weights: str
+
+    @classmethod
+    def find(cls, run: str | None = None, config: str | None = None, weights: str | None = None) -> Origin:
+        """Settle what is not given.
+
+        Args:
+            run: folder of a training run; stands for its config and its last checkpoint.
+            config: path of a config, or name of one in rev_det's zoo; by default the one beside the weights.
+            weights: of a trained detector; by default the run's or the config's.
+
+        Raises:
+            FileNotFoundError: a file is not there.
+            ValueError: what is given is too little, or too much.
+        """
+        if run is not None:
+            if config is not None:
+                raise ValueError("--run brings its own config; give either --run or --config")
+            if not os.path.isdir(run):
+                raise FileNotFoundError(f"--run {run} is not a folder; name the OUTPUT_DIR of a training run")
+            if not os.path.isfile(os.path.join(run, _CONFIG)):
+                raise FileNotFoundError(f"--run {run} has no {_CONFIG}, which a training run writes into it")
+            return cls(os.path.join(run, _CONFIG), weights or _last_checkpoint(run))
+        if config is None and weights is None:
+            raise ValueError(
+                "name a detector: --run OUTPUT_DIR, --weights of a training run, or --config and --weights"
+            )
+        if config is None:
+            beside = os.path.join(os.path.dirname(weights), _CONFIG)
+            if not os.path.isfile(beside):
+                raise ValueError(
+                    f"there is no {_CONFIG} beside {weights}: name the detector's own with --config"
+                )
+            return cls(beside, weights)
+        if os.path.isfile(config):
+            return cls(config, weights or _weights_of(config))
+        try:
+            path = model_zoo.get_config_file(config)
+        except ValueError as error:
+            raise ValueError(f"--config {config} is no file, and {error}") from error
+        if not weights:
+            raise ValueError(
+                f"--weights is missing: no trained weights are published for {config}, name those of your own"
+            )
+        return cls(path, weights)
+
+
+class Detector:
+    """Predicts on images of any size.
+
+    Args:
+        cfg: the config that the model was built from.
+        model: returns instances; it is put into evaluation mode.
+        classes: of the model.
+        precision: the arithmetic.
+        threshold: lowest score to return.
+        only: indices of the classes to return; None for all.
+
+    Raises:
+        ValueError: the config's image format is neither RGB nor BGR.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        model: nn.Module,
+        classes: Classes,
+        precision: Precision,
+        threshold: float = 0.5,
+        only: frozenset[int] | None = None,
+    ):
+        if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+            raise ValueError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; allowed are 'RGB' and 'BGR'")
+        self.model = model.eval()
+        self.classes = classes
+        self.precision = precision
+        self.threshold = threshold
+        self.only = only
+        self._flipped = cfg.INPUT.FORMAT == "BGR"
+        self._resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+
+    def __call__(self, images: Sequence[np.ndarray]) -> list[Instances]:
+        """Predict on a batch.
+
+        Args:
+            images: each (H, W, 3), RGB, uint8.
+
+        Returns:
+            for each image its instances on the CPU, in pixels of the image.
+
+        Raises:
+            ValueError: the batch does not fit into the GPU's memory, or the model returns no instances.
+        """
+        inputs = [self._prepare(image) for image in images]
+        try:
+            with torch.inference_mode(), self.precision.autocast():
+                results = self.model(inputs)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{len(images)} images at a time do not fit into the GPU's memory; lower --batch-size"
+            ) from error
+        if not all("instances" in result for result in results):
+            raise ValueError(
+                f"a {type(self.model).__name__} returns {', '.join(results[0])}, and no instances to show"
+            )
+        return [self._chosen(result["instances"].to("cpu")) for result in results]
+
+    def _prepare(self, image: np.ndarray) -> dict:
+        height, width = image.shape[:2]
+        resized = self._resize.get_transform(image).apply_image(image[:, :, ::-1] if self._flipped else image)
+        pixels = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))  # (3, H, W)
+        return {"image": pixels, "height": height, "width": width}
+
+    def _chosen(self, instances: Instances) -> Instances:
+        keep = instances.scores >= self.threshold
+        if self.only is not None:
+            keep &= torch.isin(instances.pred_classes, torch.tensor(sorted(self.only)))
+        return instances[keep]
+
+
+def load_detector(
+    origin: Origin,
+    *,
+    device: str | None = None,
+    threshold: float = 0.5,
+    only: Sequence[str] = (),
+    amp: bool | None = None,
+    dataset_json: str | None = None,
+    opts: Sequence[str] = (),
+) -> Detector:
+    """Build a detector and load its weights, all of which must be there.
+
+    Args:
+        origin: its config and weights.
+        device: "cpu", "cuda" or "cuda:N"; None for a GPU if there is one.
+        threshold: lowest score to return, from 0 to 1.
+        only: names of the classes to return; all if empty.
+        amp: mixed precision; None for as the config says on a GPU, and none on the CPU.
+        dataset_json: a file in COCO's format with the classes; None for those of the config's data.
+        opts: keys and values that override the config's, alternating.
+
+    Raises:
+        FileNotFoundError: the weights or ``dataset_json`` do not exist.
+        ValueError: the config, the weights or the classes do not go together, or an argument is not valid.
+    """
+    if not 0.0 <= threshold <= 1.0:
+        raise ValueError(f"--threshold must be from 0 to 1, got {threshold}")
+    device = _check_device(device)
+    cfg = read_config(origin.config_file, opts, device)
+    cfg.defrost()
+    found = classes_from_json(dataset_json) if dataset_json else _classes_of(origin.config_file, opts)
+    classes = _settle_classes(cfg, found, dataset_json, opts)
+    chosen = classes.indices(only) if only else None
+    if amp is None:
+        amp = cfg.SOLVER.AMP.ENABLED and device != "cpu"
+    cfg.SOLVER.AMP.ENABLED = amp
+    # What lies below it is not worth a mask, and what lies above it must not be left out before.
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = threshold
+    try:
+        model = build_model(cfg)
+    except (AssertionError, KeyError) as error:  # Detectron2's way to say that a config is wrong
+        raise ValueError(f"{origin.config_file} cannot be built: {error}") from error
+    strict = cfg.MODEL.REV.STRICT_WEIGHTS
+    RevCheckpointer(model, strict_weights=strict, evaluation=True).load(origin.weights, checkpointables=[])
+    return Detector(cfg, model, classes, Precision.from_config(cfg), threshold, chosen)
+
+
+def _last_checkpoint(run: str) -> str:
+    note = os.path.join(run, "last_checkpoint")
+    if os.path.isfile(note):
+        with open(note, encoding="utf-8") as file:
+            return os.path.join(run, file.read().strip())
+    return os.path.join(run, "model_final.pth")
+
+
+def _weights_of(config: str) -> str:
+    """``MODEL.WEIGHTS`` of a file, unless that is a published backbone's.
+
+    Raises:
+        ValueError: there are none of a detector.
+    """
+    weights = get_cfg().load_yaml_with_base(config, allow_unsafe=True).get("MODEL", {}).get("WEIGHTS")
+    if not weights or weights in {published.url for published in PUBLISHED.values()}:
+        found = "a backbone's alone" if weights else "none"
+        raise ValueError(
+            f"--weights is missing: MODEL.WEIGHTS of {config} are {found}, name a trained detector's"
+        )
+    return weights
+
+
+def _classes_of(config_file: str, opts: Sequence[str]) -> Classes | None:
+    cfg = get_cfg()
+    add_rev_det_config(cfg)
+    cfg.merge_from_file(config_file)
+    cfg.merge_from_list(list(opts))
+    return classes_of_config(cfg)
+
+
+def _settle_classes(
+    cfg: CfgNode, found: Classes | None, dataset_json: str | None, opts: Sequence[str]
+) -> Classes:
+    """The model's classes; sets its number of classes if that is left to the data (in place)."""
+    head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
+    key = f"MODEL.{head}.NUM_CLASSES"
+    count = cfg.MODEL[head].NUM_CLASSES
+    if found is not None and found.own and count == _DEFAULT_NUM_CLASSES and key not in opts:
+        count = cfg.MODEL[head].NUM_CLASSES = len(found.names)
+    if found is not None and len(found.names) == count:
+        return found
+    if dataset_json:
+        raise ValueError(
+            f"--dataset-json {dataset_json} has {len(found.names)} classes, but the detector has {count} "
+            f"({key}); name the file that it was trained on"
+        )
+    logger.warning(
+        "The names of the detector's %d classes are not known: the data it was trained on are not at hand. "
+        "They are numbered; --dataset-json FILE, in COCO's format, names them",
+        count,
+    )
+    return Classes.numbered(count)
+
+
+def _check_device(name: str | None) -> str:
+    gpus = torch.cuda.device_count()
+    name = name or ("cuda" if gpus else "cpu")
+    if name not in ("cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))):
+        there = f"cuda:0 to cuda:{gpus - 1} and cpu" if gpus else "only cpu"
+        raise ValueError(f"--device {name} is not there: this machine has {there}")
+    return name

@@ -1,0 +1,147 @@
+"""What to predict on: image and video files, folders and patterns, and the pictures in them."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from detectron2.data import detection_utils as utils
+
+# What is taken from a folder. A file that is named itself may have any extension.
+IMAGE_EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"))
+VIDEO_EXTENSIONS = frozenset((".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to predict on.
+
+    Attributes:
+        path: as it was given, or found.
+        name: for files made of it; no two sources share one, in upper or lower case.
+        is_video: by the extension.
+    """
+
+    path: str
+    name: str
+    is_video: bool
+
+    def num_frames(self) -> int:
+        """How many pictures there are to read; for a video what it says itself, 0 if it cannot be opened."""
+        if not self.is_video:
+            return 1
+        capture = cv2.VideoCapture(self.path)
+        try:
+            return max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT))) if capture.isOpened() else 0
+        finally:
+            capture.release()
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture to predict on.
+
+    Attributes:
+        source: where it is from.
+        image: (H, W, 3), RGB, uint8, upright.
+        index: its number in a video, from 0; None for an image.
+        rate: of the video, in frames per second; None for an image.
+    """
+
+    source: Source
+    image: np.ndarray
+    index: int | None = None
+    rate: float | None = None
+
+
+def find_sources(words: Sequence[str]) -> list[Source]:
+    """The files that words of a command line mean, each once.
+
+    Args:
+        words: of files, folders (the images and videos in them, not in folders below) and patterns such as
+            ``"photos/**/*.jpg"``.
+
+    Raises:
+        FileNotFoundError: a word means no file.
+    """
+    paths: dict[str, str] = {}
+    for path in (path for word in words for path in _paths(word)):
+        paths.setdefault(os.path.realpath(path), path)
+    sources: list[Source] = []
+    taken: set[str] = set()
+    for path in paths.values():
+        stem = name = Path(path).stem
+        number = 1
+        while name.lower() in taken:
+            number += 1
+            name = f"{stem}_{number}"
+        taken.add(name.lower())
+        sources.append(Source(path, name, Path(path).suffix.lower() in VIDEO_EXTENSIONS))
+    return sources
+
+
+def read_frames(source: Source) -> Iterator[Frame]:
+    """The pictures of a source, in order.
+
+    Raises:
+        ValueError: the file cannot be read as an image or video; the message does not name it.
+    """
+    if source.is_video:
+        yield from _read_video(source)
+        return
+    try:
+        image = utils.read_image(source.path, format="RGB")
+    except Exception as error:  # a damaged file makes Pillow raise errors of many kinds
+        # Pillow appends the file object.
+        reason = " ".join(str(error).partition("<_io.")[0].split())
+        raise ValueError(reason or type(error).__name__) from error
+    yield Frame(source, image)
+
+
+def _paths(word: str) -> list[str]:
+    if os.path.isdir(word):
+        known = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS
+        with os.scandir(word) as entries:
+            names = sorted(e.name for e in entries if e.is_file() and Path(e.name).suffix.lower() in known)
+        if not names:
+            raise FileNotFoundError(f"the folder {word} has no images or videos in it ({_listed(known)})")
+        return [os.path.join(word, name) for name in names]
+    if os.path.exists(word):
+        return [word]
+    if glob.has_magic(word):
+        found = sorted(path for path in glob.glob(word, recursive=True) if os.path.isfile(path))
+        if not found:
+            raise FileNotFoundError(f"no file matches {word}")
+        return found
+    raise FileNotFoundError(f"{word} does not exist; name image or video files, folders or patterns")
+
+
+def _read_video(source: Source) -> Iterator[Frame]:
+    if not os.path.getsize(source.path):
+        raise ValueError("the file is empty")
+    capture = cv2.VideoCapture(source.path)
+    try:
+        if not capture.isOpened():
+            raise ValueError("OpenCV cannot open it as a video: it is damaged, or of an unknown format")
+        rate = capture.get(cv2.CAP_PROP_FPS)
+        index = 0
+        while True:
+            there, image = capture.read()
+            if not there:
+                break
+            # A camera's stream may not say its rate.
+            yield Frame(source, image[:, :, ::-1], index, rate if 0 < rate < 1000 else 25.0)
+            index += 1
+        if not index:
+            raise ValueError("no frame of the video can be decoded")
+    finally:
+        capture.release()
+
+
+def _listed(extensions: frozenset[str]) -> str:
+    return " ".join(sorted(extensions))

@@ -1,0 +1,63 @@
+"""The loop: pictures in, batches through the detector, results out; what cannot be read is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from .detector import Detector
+from .inputs import Frame, Source, read_frames
+from .output import PredictionWriter
+
+
+def predict(
+    detector: Detector,
+    sources: Sequence[Source],
+    writer: PredictionWriter,
+    batch_size: int = 1,
+    done: Callable[[int], None] = lambda count: None,
+) -> list[tuple[str, str]]:
+    """Predict on files, and write the results in their order.
+
+    Args:
+        detector: the detector.
+        sources: the files.
+        writer: takes the results; it is left open.
+        batch_size: pictures at a time, at least 1.
+        done: is told how many further pictures are finished, or were skipped.
+
+    Returns:
+        path and reason of each file that could not be read.
+
+    Raises:
+        ValueError: the batch size is none, or a batch does not fit into memory.
+        OSError: results cannot be written.
+    """
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
+    failures: list[tuple[str, str]] = []
+    batch: list[Frame] = []
+
+    def flush() -> None:
+        if batch:
+            for frame, instances in zip(batch, detector([f.image for f in batch]), strict=True):
+                writer.add(frame, instances)
+            done(len(batch))
+            batch.clear()
+
+    for source in sources:
+        frames = read_frames(source)
+        while True:
+            # Only what reading raises: an error of the detector or the writer is another matter.
+            try:
+                frame = next(frames, None)
+            except (ValueError, OSError) as error:
+                failures.append((source.path, str(error)))
+                done(source.num_frames())
+                break
+            if frame is None:
+                break
+            batch.append(frame)
+            if len(batch) == batch_size:
+                flush()
+    flush()
+    return failures

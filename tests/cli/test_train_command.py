@@ -1,0 +1,84 @@
+"""`rev-det train` is train_net.py's main."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import rev_det.engine
+from rev_det.cli import main
+
+
+@pytest.fixture
+def passed_on(monkeypatch):
+    """The arguments that the training's own main gets."""
+    got = []
+
+    def training(argv):
+        got.append(argv)
+        return 7
+
+    monkeypatch.setattr(rev_det.engine, "main", training)
+    monkeypatch.setattr(sys, "argv", ["rev-det"])
+    return got
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config-file", "c.yaml", "--eval-only", "MODEL.WEIGHTS", "w.pth"],
+        ["--num-gpus", "2", "--dataset", "a=b:c", "DATASETS.TRAIN", "('a',)"],
+        ["SEED", "-1"],
+        ["--version"],
+        [],
+    ],
+)
+def test_arguments_and_exit_code_are_train_nets(arguments, passed_on):
+    assert main(["train", *arguments]) == 7
+    assert passed_on == [arguments]
+
+
+def test_errors_are_one_line_and_name_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rev-det"])
+    assert main(["train", "--config-file", "nowhere.yaml"]) == 2
+    assert "error: " in capsys.readouterr().err
+    with pytest.raises(SystemExit) as info:
+        main(["train", "--nothing"])
+    assert info.value.code == 2
+    assert "rev-det train: error:" in capsys.readouterr().err
+
+
+def run_program(code: str, **variables) -> list[str]:
+    """Lines that the program prints, run as `rev-det` is: with arguments of its own."""
+    environ = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | variables
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+PROGRAM = """
+import os, sys
+print("wait policy", os.environ.get("OMP_WAIT_POLICY"), flush=True)
+sys.argv[:] = ["rev-det", *{arguments}]
+import torch
+from rev_det.cli import main
+sys.exit(main())
+"""
+
+
+def test_threads_sleep_from_before_torch_is_imported():
+    lines = run_program(PROGRAM.format(arguments=["train", "--help"]))
+    assert lines[:2] == ["wait policy None", "wait policy PASSIVE"]
+    assert lines[2].startswith("usage: rev-det train ")
+
+
+def test_a_policy_that_is_set_is_kept():
+    lines = run_program(PROGRAM.format(arguments=["train", "--help"]), OMP_WAIT_POLICY="ACTIVE")
+    assert [line for line in lines if line.startswith("wait policy")] == ["wait policy ACTIVE"]
+
+
+def test_other_commands_do_not_start_twice():
+    lines = run_program(PROGRAM.format(arguments=["--version"]) + "print('never')")
+    assert lines == ["wait policy None", f"rev_det {rev_det.__version__}"]

@@ -1,0 +1,105 @@
+"""`rev-det data view`: a sheet of annotated images."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rev_det.cli import main
+from rev_det.data import register_coco_json, view
+
+
+@pytest.fixture
+def pets(content, write, images):
+    """Six grey images: 0 and 1 with a cat and a dog each, 2 with a cat alone, the others bare."""
+    content["images"] = [
+        {"id": 10 + index, "file_name": f"{index}.png", "height": 40, "width": 60} for index in range(6)
+    ]
+    for index in range(6):
+        Image.new("RGB", (60, 40), (128, 128, 128)).save(os.path.join(images, f"{index}.png"))
+    content["annotations"].append(content["annotations"][0] | {"id": 5, "image_id": 12})
+    return f"pets={write(content)}:{images}"
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The images that are drawn."""
+    names = []
+    real = view._draw
+
+    def draw(record, metadata):
+        names.append(os.path.basename(record["file_name"]))
+        return real(record, metadata)
+
+    monkeypatch.setattr(view, "_draw", draw)
+    return names
+
+
+def sheet(pets, path, *options):
+    return main(["data", "view", pets, "--output", str(path), *map(str, options)])
+
+
+def test_annotations_are_drawn_over_their_images(pets, tmp_path, capsys):
+    assert sheet(pets, tmp_path / "sheet.png") == 0
+    assert capsys.readouterr().out == f"3 images of 'pets' drawn in {tmp_path}/sheet.png\n"
+    pixels = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
+    assert pixels.shape == (448, 3 * 448, 3)
+    for tile in np.split(pixels, 3, axis=1):
+        grey = (np.abs(tile - 128) < 4).all(2)
+        colour = np.ptp(tile, axis=2) > 40
+        assert grey.mean() > 0.2 and colour.mean() > 0.01
+
+
+def test_images_without_instances_are_left_out(pets, tmp_path, drawn):
+    assert sheet(pets, tmp_path / "sheet.jpg") == 0
+    assert drawn == ["0.png", "1.png", "2.png"]
+
+
+def test_only_images_with_the_classes_asked_for(pets, tmp_path, drawn):
+    assert sheet(pets, tmp_path / "sheet.png", "--classes", "dog") == 0
+    assert drawn == ["0.png", "1.png"]
+
+
+def test_the_seed_chooses(pets, tmp_path, drawn):
+    chosen = set()
+    for seed in (0, 0, 1, 2, 3, 4):
+        drawn.clear()
+        assert sheet(pets, tmp_path / "sheet.png", "--num", 2, "--seed", seed) == 0
+        assert len(drawn) == 2 and drawn == sorted(drawn)
+        chosen.add((seed, *drawn))
+    assert len(chosen) == 5  # the same seed, the same images
+    assert len({names[1:] for names in chosen}) > 1
+
+
+def test_without_output_the_picture_has_the_name_of_the_set(pets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "view", pets]) == 0
+    assert (tmp_path / "pets.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--num", "0"], "--num must be at least 1"),
+        (["--classes", "bird"], "--classes: there is no class 'bird'; there are cat, dog"),
+        (["--output", "sheet.xyz"], "must end in .png or .jpg"),
+    ],
+)
+def test_arguments_that_do_not_go(pets, tmp_path, capsys, options, words):
+    assert sheet(pets, tmp_path / "sheet.png", *options) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_broken_image_is_named_with_the_way_on(pets, images, tmp_path, capsys):
+    open(os.path.join(images, "1.png"), "w").write("no image")
+    assert sheet(pets, tmp_path / "sheet.png") == 2
+    err = capsys.readouterr().err
+    assert "1.png cannot be decoded" in err and "rev-det data check" in err
+
+
+def test_classes_without_an_image_are_named(pets, content, write, images):
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 3]
+    register_coco_json("cats", write(content, "cats.json"), images)
+    with pytest.raises(ValueError, match="no image of dataset 'cats' has an instance of dog"):
+        view.draw_annotations("cats", "sheet.png", classes=["dog"])

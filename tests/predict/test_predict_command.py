@@ -1,0 +1,69 @@
+"""`rev-det predict`: from files to pictures and JSON, with a run's detector."""
+
+import json
+import re
+
+import pytest
+from nano_detector import save_image
+
+from rev_det.cli import main
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(3):
+        save_image(folder / f"{index}.png", index)
+    return folder
+
+
+def command(run, photos, out, *options):
+    arguments = ["predict", photos, "--run", run, "--device", "cpu", "--output", out, *options]
+    return main([str(argument) for argument in arguments])
+
+
+def test_pictures_and_results_of_a_folder(nano_run, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert command(nano_run, photos, out, "--threshold", 0.2, "--batch-size", 2) == 0
+    assert {p.name for p in out.iterdir()} == {"0.jpg", "1.jpg", "2.jpg", "predictions.json", "images.json"}
+    results = json.loads((out / "predictions.json").read_text())
+    printed, err = capsys.readouterr()
+    line = f"{len(results)} objects in 3 files: "
+    assert line in printed and f"written to {out}" in printed
+    assert re.search(r"predict \(float32 on cpu\): 100%.* 3/3", err)
+    counts = {name: int(n) for n, name in re.findall(r"(\d+) (ant|bee|cat)", printed.split(line)[1])}
+    ids = {"ant": 3, "bee": 7, "cat": 8}
+    assert counts == {n: c for n, i in ids.items() if (c := sum(r["category_id"] == i for r in results))}
+
+
+def test_chosen_classes_alone(nano_run, photos, tmp_path):
+    assert command(nano_run, photos, tmp_path / "out", "--threshold", 0.2, "--classes", "bee", "cat") == 0
+    results = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert {r["category_id"] for r in results} <= {7, 8} and results
+
+
+def test_one_bad_image_is_reported_at_the_end_and_skipped(nano_run, photos, tmp_path, capsys):
+    (photos / "1.png").write_text("no image")
+    assert command(nano_run, photos, tmp_path / "out", "--no-pictures") == 1
+    out, err = capsys.readouterr()
+    assert "objects in 2 files" in out
+    assert f"1 of 3 files could not be read:\n  {photos}/1.png: cannot identify image file\n" in err
+    images = json.loads((tmp_path / "out" / "images.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == [f"{photos}/0.png", f"{photos}/2.png"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["nowhere.jpg", "--run", "{run}"], "nowhere.jpg does not exist"),
+        (["{photos}"], "name a detector: --run"),
+        (["{photos}", "--run", "{run}", "--classes", "dog"], "no class 'dog'"),
+        (["{photos}", "--run", "{run}", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["{photos}", "--config", "mask_rcnn_rev_vit_b_fpn_3x"], "--weights is missing"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(nano_run, photos, tmp_path, capsys, arguments, words):
+    arguments = [word.format(run=nano_run, photos=photos) for word in arguments]
+    assert main(["predict", *arguments, "--device", "cpu", "--output", str(tmp_path / "out")]) == 2
+    assert re.search(rf"^error: .*{words}.*$", capsys.readouterr().err, re.M)
