@@ -51,7 +51,7 @@ lint-setup:
 	$(run_installer) --lint
 
 docs: setup ## build the documentation into build/docs
-	$(VENV_PYTHON) -m mkdocs build --clean
+	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --clean
 
 clean: ## remove caches and build products; the environment and output/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

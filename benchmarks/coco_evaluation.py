@@ -31,7 +31,7 @@ from detectron2.evaluation import coco_evaluation
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from rev_det.analysis.report import check_folder, describe_machine, save_json
+from rev_det.analysis.report import check_output, describe_machine, save_json
 
 TASKS = ("bbox", "segm")
 HEIGHT, WIDTH, NUM_CLASSES = 480, 640, 80
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="the least time counts (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     args = parser.parse_args()
-    check_folder(args.json)
+    check_output(args.json)
 
     rng = np.random.default_rng(0)
     if args.annotations:

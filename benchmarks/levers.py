@@ -4,7 +4,7 @@
     python benchmarks/levers.py --json benchmarks/results/levers_counted.json
 
 Backbones alone: Rev-MViT-B at detection size in bfloat16, Rev-ViT-B at 224 x 224 in float32 without kept
-attention. See docs/memory.md.
+attention; and ordinary training of the former, which shares one of the levers. See docs/memory.md.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from rev_det.analysis.cases import Case, Counting
-from rev_det.analysis.peers import MODELS, REVERSIBLE, REVERSIBLE_KEPT
-from rev_det.analysis.report import COUNTED, Figure, Report, Row, check_folder, describe_machine
-from rev_det.modeling import attention, fusion, layers, rev_mvit, rev_vit, reversible
+from rev_det.analysis.peers import CACHED, MODELS, REVERSIBLE, REVERSIBLE_KEPT
+from rev_det.analysis.report import COUNTED, Figure, Report, Row, check_output, describe_machine
+from rev_det.modeling import attention, fusion, layers, rev_mvit, reversible
 from rev_det.modeling.attention import MultiHeadPoolingAttention
 from rev_det.modeling.backbone import ReversibleBackbone
 from rev_det.modeling.layers import AttentionBranch
@@ -32,7 +32,8 @@ from rev_det.modeling.recompute import OutputLinear
 
 MVIT = Case("Rev-MViT-B", MODELS["rev_mvit_b"], REVERSIBLE_KEPT, 2, (800, 1344), "bf16", 16)
 VIT = Case("Rev-ViT-B", MODELS["rev_vit_b"], REVERSIBLE, 256, (224, 224), "fp32", 12)
-CASES = (MVIT, replace(MVIT, depth=24), VIT)
+ORDINARY = replace(MVIT, scheme=CACHED)
+CASES = (MVIT, replace(MVIT, depth=24), VIT, ORDINARY)
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     args = parser.parse_args()
-    check_folder(args.json)
+    check_output(args.json)
     report = Report(
         "Each lever switched off alone",
         shlex.join(["python", "benchmarks/levers.py", *sys.argv[1:]]),
@@ -59,15 +60,12 @@ def count_levers(cases: Sequence[Case]) -> list[Row]:
     rows = []
     for case in cases:
         on = None
-        for name, off in LEVERS.items():
-            if case is VIT and name not in OF_REV_VIT:
-                continue
-            with off() as changes:
+        for name in levers_of(case):
+            with LEVERS[name]() as changes:
                 changed = replace(case.scheme, arguments=case.scheme.arguments | changes)
                 count = Counting().count(replace(case, scheme=changed))
             on = on or count
             row = Row({"switched off": name} | case.labels)
-            del row.labels["training"]
             row.figures = {
                 "peak memory": Figure(count.peak / 2**30, "GiB", COUNTED),
                 "more memory": Figure(100 * (count.peak / on.peak - 1), "%", COUNTED),
@@ -75,6 +73,13 @@ def count_levers(cases: Sequence[Case]) -> list[Row]:
             }
             rows.append(row)
     return rows
+
+
+def levers_of(case: Case) -> Sequence[str]:
+    """The names of the levers that there are in a case."""
+    if case.scheme == CACHED:
+        return OF_ORDINARY_TRAINING
+    return OF_REV_VIT if case.model == VIT.model else list(LEVERS)
 
 
 @contextmanager
@@ -102,9 +107,9 @@ class _Ready(nn.Module):
         return self.value
 
 
-def two_streams(blocks, x1, x2, *args, **kwargs):
-    """`run_blocks`, but it does not see that a stage starts with equal streams."""
-    return reversible.run_blocks(blocks, x1, x2.clone(), *args, **kwargs)
+def two_streams(blocks, masks, keep_attention, x1, x2, args, run=reversible._run_reversible):
+    """A reversible run that does not see that a stage starts with equal streams."""
+    return run(blocks, masks, keep_attention, x1, x2.clone(), args)
 
 
 def unchanged(x: Tensor) -> Tensor:
@@ -134,7 +139,7 @@ LEVERS: dict[str, Callable[[], Any]] = {
         (OutputLinear, "forward", nn.Linear.forward)
     ),
     "the equal streams at a stage's start kept": lambda: changed(
-        (rev_mvit, "run_blocks", two_streams), (rev_vit, "run_blocks", two_streams)
+        (reversible, "_run_reversible", two_streams)
     ),
     "what the backward pass has used let go": lambda: changed((reversible, "_graph_is_kept", lambda: True)),
 }
@@ -147,6 +152,8 @@ OF_REV_VIT = (
     "the equal streams at a stage's start kept",
     "what the backward pass has used let go",
 )
+# The others are of recomputing.
+OF_ORDINARY_TRAINING = ("none", "a norm's output cast once for all that read it")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": torch.bfloat16, "fp32": None}
 # Tensors alive at the peak that a report lists.
 _LISTED = 12
+# Images in a step; more take too long to count where they are computed in many parts.
+_MOST_COUNTED = 1024
 # What Detectron2's own models are called in a config.
 _BASELINES = {"rev_vit": "build_baseline_vit_fpn_backbone", "rev_mvit": "build_baseline_mvit_fpn_backbone"}
 
@@ -87,7 +90,8 @@ def read_config(config_file: str, opts: Sequence[str], device: str = "cpu") -> C
         FileNotFoundError, ValueError: see `rev_det.engine.load_config`.
     """
     no_data = ("DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "DATASETS.COCO_JSON", "[]")
-    return load_config(config_file, [*opts, *no_data, "MODEL.DEVICE", device])
+    # The CPU does not train in float16, but what is counted there can be meant for a GPU.
+    return load_config(config_file, [*opts, *no_data, "MODEL.DEVICE", device, "SOLVER.AMP.DTYPE", "auto"])
 
 
 def reversible_family(cfg: CfgNode) -> str | None:
@@ -109,7 +113,7 @@ def configured(case: Case, device: str) -> CfgNode:
     cfg.defrost()
     cfg.MODEL.DEVICE = device
     cfg.SOLVER.AMP.ENABLED = case.dtype != "fp32"
-    cfg.SOLVER.AMP.DTYPE = "auto"
+    cfg.SOLVER.AMP.DTYPE = "bf16"
     family = reversible_family(cfg)
     if family is None:
         if case.depth is not None or case.scheme.arguments:
@@ -140,9 +144,10 @@ class Counting:
         row = Row(case.labels)
         row.figures = {
             "peak memory": self._figure(count.peak / GIB, "GiB"),
+            "in all": self._figure(count.total / GIB, "GiB"),
             "FLOPs": self._figure(count.flops / 1e12, "TFLOP"),
         }
-        parts = count.by_kind() | {"weights": count.weights, "optimizer state": count.optimizer_state}
+        parts = count.split("backbone" if case.model is None else None)
         row.split = {name: self._figure(nbytes / GIB, "GiB") for name, nbytes in parts.items()}
         row.at_peak = [
             {
@@ -170,7 +175,10 @@ class Counting:
         }
 
     def largest_batch(self, case: Case, limit: int) -> int:
-        """Images in a step whose whole memory, optimizer state included, is at most ``limit`` bytes."""
+        """Images in a step whose whole memory, optimizer state included, is at most ``limit`` bytes.
+
+        Exact up to 1024 images; beyond, the memory of 512 and of 1024 is extended in a straight line.
+        """
         totals: dict[int, int] = {}
 
         def total(batch: int) -> int:
@@ -178,12 +186,17 @@ class Counting:
                 totals[batch] = self.count(replace(case, batch=batch)).total
             return totals[batch]
 
-        slope = max(1, total(2) - total(1))
-        guess = 1 + (limit - total(1)) // slope
-        # The peak can move to another operation at large batches: once more from there.
-        if guess > 8:
-            slope = (total(guess) - total(guess // 2)) / (guess - guess // 2)
-            guess = guess + int((limit - total(guess)) // slope)
+        def extended(low: int, high: int) -> int:
+            slope = max(1.0, (total(high) - total(low)) / (high - low))
+            return high + math.floor((limit - total(high)) / slope)
+
+        guess = extended(1, 2)
+        # The peak can move to another operation at larger batches: twice more from there.
+        for _ in range(2):
+            if guess > _MOST_COUNTED:
+                return extended(_MOST_COUNTED // 2, _MOST_COUNTED)
+            if guess > 8:
+                guess = extended(guess // 2, guess)
         return largest_batch(lambda batch: total(batch) <= limit, guess)
 
     def count(self, case: Case) -> StepCount:
@@ -223,7 +236,7 @@ class Measuring:
     def step(self, case: Case) -> Row:
         """Time and memory of a training step."""
         row = Row(case.labels)
-        result = self.try_measure(case, self.steps)
+        result = self.try_measure(case, self.warm_up, self.steps)
         if result is None:
             row.note = "out of memory"
             return row
@@ -232,7 +245,7 @@ class Measuring:
 
     def per_image(self, case: Case, batches: tuple[int, int]) -> dict[str, Figure]:
         """Memory that each further image takes; nothing on the CPU, or if it does not fit."""
-        low, high = (self.try_measure(replace(case, batch=batch), 2) for batch in batches)
+        low, high = (self.try_measure(replace(case, batch=batch), 1, 2) for batch in batches)
         if low is None or high is None or high.peak is None:
             return {}
         return {
@@ -240,15 +253,16 @@ class Measuring:
         }
 
     def largest_batch(self, case: Case, limit: int | None) -> int:
-        """Images in a step that fit, found by trying."""
-        return largest_batch(lambda batch: self.try_measure(replace(case, batch=batch), 1) is not None)
+        """Images in a step that fit, found by trying two steps each."""
+        return largest_batch(lambda batch: self.try_measure(replace(case, batch=batch), 1, 1) is not None)
 
-    def try_measure(self, case: Case, steps: int) -> Measurement | None:
+    def try_measure(self, case: Case, warm_up: int, steps: int) -> Measurement | None:
+        """The measurement, or None if the memory does not suffice."""
         what = f"{case.title}, {case.scheme.name}, {case.batch} images of {case.size[0]}x{case.size[1]}"
         with memory_limit(self.device, self.limit):
-            return unless_out_of_memory(lambda: self._measure(case, steps), what)
+            return unless_out_of_memory(lambda: self._measure(case, warm_up, steps), what)
 
-    def _measure(self, case: Case, steps: int) -> Measurement:
+    def _measure(self, case: Case, warm_up: int, steps: int) -> Measurement:
         if case.model is None:
             step = DetectorStep(configured(case, str(self.device)), case.batch, case.size)
             prepare, release = step.settle, step.optimizer.zero_grad
@@ -256,9 +270,7 @@ class Measuring:
             model = build(case.model, case.scheme, case.depth, str(self.device))
             step = BackboneStep(model, case.batch, case.size, DTYPES[case.dtype])
             prepare, release = step.release, step.release
-        return measure(
-            step.run, release, case.batch, self.device, self.warm_up, steps, prepare, self.progress
-        )
+        return measure(step.run, release, case.batch, self.device, warm_up, steps, prepare, self.progress)
 
     def _figures(self, result: Measurement) -> dict[str, Figure]:
         figures = {

@@ -28,6 +28,8 @@ MIB = 2**20
 # What an allocation is; weights, inputs and optimizer state exist before the step and are not in its peak.
 WEIGHTS, OPTIMIZER, INPUTS = "weights", "optimizer state", "inputs"
 GRADIENTS, OUTPUTS, KEPT, WORKING = "gradients", "outputs", "kept for backward", "working memory"
+# Whose memory the last two are.
+BACKBONE, REST = "backbone", "heads"
 _BEFORE = (WEIGHTS, OPTIMIZER, INPUTS)
 # Where the module of an operation is noted on its node of the autograd graph.
 _MODULE = "rev_det.module"
@@ -113,6 +115,24 @@ class StepCount:
             sums[allocation.kind] += allocation.nbytes
         return sums
 
+    def split(self, backbone: str | None = None) -> dict[str, int]:
+        """Bytes of `total` but for the inputs, by what they are for and whose they are.
+
+        Args:
+            backbone: name of the submodule that is told apart from the rest; None if all is the backbone.
+        """
+        kinds = (KEPT, WORKING)
+        sums = dict.fromkeys((GRADIENTS, OUTPUTS, *(f"{BACKBONE}: {kind}" for kind in kinds)), 0)
+        if backbone is not None:
+            sums |= dict.fromkeys((f"{REST}: {kind}" for kind in kinds), 0)
+        for allocation in self.at_peak:
+            name = allocation.kind
+            if name in kinds:
+                inside = backbone is None or f"{allocation.module}.".startswith(f"{backbone}.")
+                name = f"{BACKBONE if inside else REST}: {name}"
+            sums[name] += allocation.nbytes
+        return {WEIGHTS: self.weights, OPTIMIZER: self.optimizer_state} | sums
+
     def by_module(self, depth: int = 1) -> dict[str, int]:
         """Bytes of the peak, without gradients, by the first ``depth`` parts of module names."""
         sums: dict[str, int] = {}
@@ -143,10 +163,11 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.model = model
         self.names = {id(module): name for name, module in model.named_modules()}
-        self.time = self.current = self.peak = self.peak_time = self.kept = 0
+        self.time = self.current = self.peak = self.peak_time = self.kept = self._forward_end = 0
         self.flops = self.forward_flops = 0
         self.allocations: list[Allocation] = []
         self.live: dict[int, Allocation] = {}
+        self._finalizers: dict[int, weakref.finalize] = {}
         self._stack: list[str] = []
         self._backward_seen = False
         for p in model.parameters():
@@ -172,12 +193,15 @@ class Counter(TorchDispatchMode):
         super().__exit__(*error)
         for hook in self._hooks:
             hook.remove()
+        # Python keeps finalizers, and through them this counter and the model, as long as the storages live.
+        for finalizer in self._finalizers.values():
+            finalizer.detach()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward and not self._backward_seen:
-            self._backward_seen, self.kept = True, self.current
+            self._backward_seen, self.kept, self._forward_end = True, self.current, self.time
         self.time += 1
         out = func(*args, **kwargs)
         formula = _FLOPS.get(func._overloadpacket)
@@ -201,6 +225,10 @@ class Counter(TorchDispatchMode):
         for p in self.model.parameters():
             if p.grad is not None:
                 self._mark(p.grad, GRADIENTS)
+        for a in self.allocations:
+            # What the forward pass itself let go of was not kept for the backward pass.
+            if a.kind == KEPT and not a.alive(self._forward_end):
+                a.kind = WORKING
         at_peak = [a for a in self.allocations if a.kind not in _BEFORE and a.alive(self.peak_time)]
         before = {
             kind: sum(a.nbytes for a in self.allocations if a.kind == kind and a.born == 0)
@@ -237,13 +265,15 @@ class Counter(TorchDispatchMode):
         )
         self.allocations.append(allocation)
         self.live[key] = allocation
-        weakref.finalize(storage, self._freed, key).atexit = False
+        self._finalizers[key] = weakref.finalize(storage, self._freed, key)
+        self._finalizers[key].atexit = False
         if kind not in _BEFORE:
             self.current += allocation.nbytes
             if self.current > self.peak:
                 self.peak, self.peak_time = self.current, self.time
 
     def _freed(self, key: int) -> None:
+        del self._finalizers[key]
         allocation = self.live.pop(key)
         allocation.died = self.time
         if allocation.kind not in _BEFORE:

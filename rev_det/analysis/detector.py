@@ -10,7 +10,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine import Precision, TrainStep, build_gradient_clipper, build_optimizer
 from .counting import Counter, StepCount
@@ -35,17 +35,18 @@ class DetectorStep:
         size: (H, W) of the images in pixels.
 
     Raises:
-        ValueError: the detector needs annotations that are not made up here.
+        ValueError: the detector needs annotations that are not made up here, or cannot be built.
     """
 
     def __init__(self, cfg: CfgNode, batch: int, size: tuple[int, int]):
         if cfg.MODEL.KEYPOINT_ON or cfg.MODEL.META_ARCHITECTURE in ("PanopticFPN", "SemanticSegmentor"):
             raise ValueError(
                 "a training step can be made up for detectors of boxes and masks, not with MODEL.KEYPOINT_ON "
-                f"{cfg.MODEL.KEYPOINT_ON} and MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}"
+                f"{cfg.MODEL.KEYPOINT_ON} and MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}; "
+                "rev-det analyze leaves it out with --no-fits"
             )
         self.cfg, self.size = cfg, size
-        self.model = build_model(cfg).train()
+        self.model = build_detector(cfg).train()
         self.optimizer = build_optimizer(cfg, self.model)
         self.batch = [self._image(_spread_boxes(size)) for _ in range(batch)]
         self.storage = EventStorage()
@@ -97,18 +98,37 @@ class DetectorStep:
         return {"image": image, "height": height, "width": width, "instances": instances}
 
 
+def build_detector(cfg: CfgNode) -> nn.Module:
+    """Detectron2's ``build_model``, which asserts where it means that a config is wrong.
+
+    Raises:
+        ValueError: the config cannot be built, or needs a package that is missing.
+    """
+    try:
+        return build_model(cfg)
+    except (AssertionError, ImportError, KeyError) as error:
+        text = " ".join(map(str, error.args)) or repr(error)
+        raise ValueError(f"the config cannot be built: {text}") from error
+
+
 def count_detector(cfg: CfgNode, batch: int, size: tuple[int, int]) -> StepCount:
     """Count a whole training step, optimizer included, as every later one is after the first.
 
     Args:
         cfg, batch, size: as of `DetectorStep`; ``MODEL.DEVICE`` must be "cpu".
+
+    Returns:
+        the count; its outputs are the backbone's.
     """
     step = DetectorStep(cfg, batch, size)
     with SkipArithmetic(step.model.backbone):
         step.settle()
         images = [image["image"] for image in step.batch]
         with Counter(step.model, step.optimizer, images) as counter:
+            mark = lambda module, inputs, features: counter.outputs(features.values())  # noqa: E731
+            hook = step.model.backbone.register_forward_hook(mark)
             step.run()
+            hook.remove()
         return counter.result()
 
 

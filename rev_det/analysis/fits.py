@@ -10,8 +10,8 @@ from .cases import Case, Counting
 from .counting import GIB
 from .report import COUNTED, Figure, Row
 
-# Sizes that cards are sold by. N GB are taken as N * 10^9 bytes; they really have some 7 % more, which is
-# left to CUDA itself, the workspaces of kernels, and fragmentation.
+# Sizes that cards are sold by. N GB are taken as N * 10^9 bytes; most have some per cent more, which are left
+# to CUDA itself, the workspaces of kernels, and fragmentation.
 CARDS = (12, 16, 24, 40, 80, 141)
 DEFINITION = (
     "What fits: weights, gradients, optimizer state and activations of a whole training step, counted at two "

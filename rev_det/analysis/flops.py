@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from detectron2.modeling import build_model
 from detectron2.utils.analysis import FlopCountAnalysis, parameter_count
 from fvcore.nn.jit_handles import get_shape
 from torch import nn
+
+from .detector import build_detector
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -84,7 +85,7 @@ def analyze_detector(cfg: CfgNode, size: tuple[int, int], depth: int = 3) -> lis
     cfg.MODEL.RPN.NMS_THRESH = 1.0
     cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST = 1.0
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
-    model = build_model(cfg).eval()
+    model = build_detector(cfg).eval()
     image = torch.zeros(3, *size, dtype=torch.uint8)
     with torch.no_grad():
         flops = count_flops(model, [{"image": image, "height": size[0], "width": size[1]}]).by_module()

@@ -9,12 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from ..checkpoint import RevCheckpointer
 from ..modeling.backbone import ReversibleBackbone
 from ..modeling.layers import ReversibleBlock
+from .detector import build_detector
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -62,7 +62,7 @@ def reversible_backbone(cfg: CfgNode) -> ReversibleBackbone:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg)
+    model = build_detector(cfg)
     found = [module for module in model.modules() if isinstance(module, ReversibleBackbone)]
     if not found:
         raise ValueError(

@@ -77,9 +77,11 @@ def measure(
         start = time.perf_counter()
         run()
         _synchronize(device)
+        seconds = time.perf_counter() - start
         progress()
-        return time.perf_counter() - start
+        return seconds
 
+    _synchronize(device)
     start = time.perf_counter()
     prepare()
     for _ in range(warm_up):
@@ -110,6 +112,8 @@ def measure(
 class BackboneStep:
     """A training step of a backbone alone; the loss is the sum of the means of its feature maps.
 
+    The weights are not updated, but the memory of AdamW's two averages is taken, as in training.
+
     Args:
         model: maps images (B, 3, H, W) to a dictionary of feature maps, on its device.
         batch: B.
@@ -120,6 +124,8 @@ class BackboneStep:
     def __init__(self, model: nn.Module, batch: int, size: tuple[int, int], dtype: torch.dtype | None):
         self.model, self.dtype = model, dtype
         self.images = torch.rand(batch, 3, *size, device=next(model.parameters()).device)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer_state = [torch.empty_like(p, requires_grad=False) for p in trained for _ in range(2)]
 
     def run(self) -> None:
         """Forward and backward; gradients start from None."""
@@ -137,20 +143,24 @@ class BackboneStep:
 def unless_out_of_memory(attempt: Callable[[], T], what: str) -> T | None:
     """The result of ``attempt``, or None if the device's memory did not suffice.
 
-    What the attempt held is freed, so that the process can go on with something smaller.
+    What the attempt held is freed, so that the process can go on with something smaller. Other errors are
+    raised as they are.
 
     Args:
         what: of the message that is then logged.
     """
     try:
         return attempt()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
         # The frames of the traceback hold on to everything that was alive.
-        traceback.clear_frames(error.__traceback__)
+        cause: BaseException | None = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__context__
         logger.warning("%s does not fit: %s", what, str(error).split(". ")[0])
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    _free_cached_memory()
     return None
 
 
@@ -168,7 +178,11 @@ def memory_limit(device: torch.device, nbytes: int | None) -> Iterator[None]:
         raise ValueError("--memory-limit is enforced on CUDA devices; leave --device out to count instead")
     total = torch.cuda.get_device_properties(device).total_memory
     if nbytes > total:
-        raise ValueError(f"--memory-limit is {nbytes} bytes, but the device has {total}")
+        raise ValueError(
+            f"--memory-limit is {nbytes} bytes, but the device has {total}: give {total // 10**6}MB or less"
+        )
+    # What earlier cases left in the allocator's cache counts towards the limit.
+    _free_cached_memory()
     torch.cuda.set_per_process_memory_fraction(nbytes / total, device)
     try:
         yield
@@ -205,6 +219,20 @@ def largest_batch(fits: Callable[[int], bool], guess: int = 1) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device's memory did not suffice: torch's own error, or that of a library it calls."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in text for words in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )
+
+
+def _free_cached_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _synchronize(device: torch.device) -> None:

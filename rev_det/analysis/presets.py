@@ -32,7 +32,7 @@ _TABLE1 = {
     ("rev_mvit_b", REVERSIBLE.name): (66.8, 157),
 }
 _IMAGENET = (224, 224)
-_DEPTHS = (12, 24, 36, 48, 64, 80)
+_DEPTHS = (12, 24, 48, 80)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ def largest_batches(cases, runner, limit, done) -> list[Row]:
         row = Row({name: value for name, value in case.labels.items() if name != "images"})
         row.figures["largest batch"] = Figure(batch, "images", runner.method)
         if batch and isinstance(runner, Measuring):
-            row.figures |= runner.step(replace(case, batch=batch)).figures
+            step = runner.step(replace(case, batch=batch))
+            row.figures |= step.figures
+            row.note = step.note
         rows.append(row)
         done()
     return rows

@@ -107,19 +107,7 @@ class Report:
         save_json(path, asdict(self))
 
     def save_csv(self, path: str) -> None:
-        """One line for each figure: the labels, then name, value, unit and method."""
-        names = list(dict.fromkeys(name for row in self.rows for name in row.labels))
-
-        def write(part: str) -> None:
-            with open(part, "w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow([*names, "figure", "value", "unit", "method"])
-                for row in self.rows:
-                    labels = [row.labels.get(name, "") for name in names]
-                    for name, figure in (row.figures | row.split).items():
-                        writer.writerow([*labels, name, figure.value, figure.unit, figure.method])
-
-        write_whole(path, write)
+        save_csv(path, self.rows)
 
 
 def describe_machine(device: torch.device | None) -> dict[str, Any]:
@@ -164,15 +152,44 @@ def save_json(path: str, content: Any) -> None:
     write_whole(path, lambda part: Path(part).write_text(text + "\n", encoding="utf-8"))
 
 
-def check_folder(path: str | None) -> None:
+def save_csv(path: str, rows: Sequence[Row]) -> None:
+    """Write one line for each figure: the labels, then name, value, unit and method."""
+    names = list(dict.fromkeys(name for row in rows for name in row.labels))
+
+    def write(part: str) -> None:
+        with open(part, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([*names, "figure", "value", "unit", "method"])
+            for row in rows:
+                labels = [row.labels.get(name, "") for name in names]
+                for name, figure in (row.figures | row.split).items():
+                    writer.writerow([*labels, name, figure.value, figure.unit, figure.method])
+
+    write_whole(path, write)
+
+
+def check_output(path: str | None, suffixes: Sequence[str] = ()) -> None:
     """Find before the work what would stop `write_whole` after it.
+
+    Args:
+        path: of a file to be written; None is none.
+        suffixes: those that its name may end with, if not any.
 
     Raises:
         FileNotFoundError: the folder of the path does not exist.
+        ValueError: it cannot be written to, or the path is a folder or has another suffix.
     """
-    folder = os.path.dirname(path or "") or "."
+    if path is None:
+        return
+    folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{path} cannot be written: the folder {folder} does not exist")
+    if os.path.isdir(path) or not os.path.basename(path):
+        raise ValueError(f"{path!r} cannot be written: it is a folder; give the name of a file")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{path} cannot be written: there is no permission to write to the folder {folder}")
+    if suffixes and not path.lower().endswith(tuple(suffixes)):
+        raise ValueError(f"{path} cannot be written: its name must end with {' or '.join(suffixes)}")
 
 
 def write_whole(path: str, write: Callable[[str], Any]) -> None:
@@ -182,9 +199,9 @@ def write_whole(path: str, write: Callable[[str], Any]) -> None:
         write: writes the file whose name it is given.
 
     Raises:
-        FileNotFoundError: the folder does not exist.
+        FileNotFoundError, ValueError: see `check_output`.
     """
-    check_folder(path)
+    check_output(path)
     # The suffix stays the last part of the name: it decides the format of pictures.
     part = os.path.join(os.path.dirname(path), f".part-{os.path.basename(path)}")
     try:
@@ -195,9 +212,27 @@ def write_whole(path: str, write: Callable[[str], Any]) -> None:
             os.remove(part)
 
 
+def common_labels(rows: Sequence[Row]) -> dict[str, str | int]:
+    """The labels that are the same in all rows."""
+    return {
+        name: value
+        for name, value in rows[0].labels.items()
+        if all(row.labels.get(name) == value for row in rows)
+    }
+
+
+def label_text(name: str, value: str | int) -> str:
+    """A label as it can stand by itself."""
+    if name == "images":
+        return f"{value} image{'' if value == 1 else 's'}"
+    return value if isinstance(value, str) else f"{name} {value}"
+
+
 def format_value(figure: Figure) -> str:
-    """Three or four digits that count."""
+    """Three or four digits that count; errors by their order of magnitude."""
     value = figure.value
+    if figure.unit == "relative":
+        return f"{value:.1e}"
     if value == 0 or float(value).is_integer() and abs(value) < 1e6:
         return f"{value:.0f}"
     digits = 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 3
@@ -209,8 +244,8 @@ def _table(title: str, rows: Sequence[Row], part: Callable[[Row], dict[str, Figu
     labels = list(dict.fromkeys(name for row in rows for name in row.labels))
     names = list(dict.fromkeys(name for row in rows for name in part(row)))
     kinds = {name: _kinds(part(row)[name] for row in rows if name in part(row)) for name in names}
-    same = [name for name in labels if len({row.labels.get(name) for row in rows}) == 1]
-    common = [_label(name, rows[0].labels.get(name, "")) for name in same if len(rows) > 1]
+    same = common_labels(rows)
+    common = [label_text(name, value) for name, value in same.items() if len(rows) > 1]
     if len(set(kinds.values())) == 1:
         common += kinds.values()
     table = Table(
@@ -232,12 +267,8 @@ def _kinds(figures: Iterable[Figure]) -> str:
     return ", ".join(dict.fromkeys(f"{figure.unit}, {figure.method}" for figure in figures))
 
 
-def _label(name: str, value: str | int) -> str:
-    return value if isinstance(value, str) else f"{name} {value}"
-
-
 def _name(row: Row) -> str:
-    return ", ".join(_label(name, value) for name, value in row.labels.items())
+    return ", ".join(label_text(name, value) for name, value in row.labels.items())
 
 
 def _on_one_line(match: re.Match) -> str:

@@ -6,7 +6,8 @@ Everything is counted on this computer, without a GPU.
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from ..analysis.cases import Case
     from ..analysis.flops import ModuleCost
-    from ..analysis.inversion import InversionError
+    from ..analysis.report import Row
 
 SUMMARY = "parameters, FLOPs, and images per GPU of a detector"
 
@@ -25,6 +26,9 @@ examples:
   how exactly the blocks' inputs are rebuilt, with trained weights:
   rev-det analyze CONFIG --no-flops --no-fits --inversion --opts MODEL.WEIGHTS model_final.pth
 """
+
+# In the order in which a command line is written down.
+_OPTIONS = ("size", "depth", "no_flops", "no_fits", "inversion", "json", "csv", "plot", "opts")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--depth", type=int, default=3, metavar="N", help="levels of modules to list (default: 3)"
     )
-    parser.add_argument("--json", metavar="FILE")
+    out = parser.add_argument_group("output, besides the tables")
+    out.add_argument("--json", metavar="FILE")
+    out.add_argument("--csv", metavar="FILE")
+    out.add_argument("--plot", metavar="FILE", help="the images that fit, as a picture: .png, .pdf or .svg")
     parser.add_argument(
         "--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys that override the file's"
     )
@@ -59,23 +66,55 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ..analysis.cases import read_config
-    from ..analysis.report import check_folder, describe_machine, save_json
+    from ..analysis.plots import SUFFIXES, save_fits
+    from ..analysis.report import check_output, save_csv
     from .bench import parse_size
 
-    check_folder(args.json)
+    for path, suffixes in ((args.json, ()), (args.csv, ()), (args.plot, SUFFIXES)):
+        check_output(path, suffixes)
+    if args.depth < 1:
+        raise ValueError(f"--depth must be at least 1, got {args.depth}")
+    if args.plot and args.no_fits:
+        raise ValueError("--plot draws the images that fit: leave out --no-fits")
     cfg = read_config(args.config_file, args.opts)
     size = parse_size(args.size) if args.size else _test_size(cfg)
     console = Console(width=None if Console().is_terminal else 200)
-    result: dict[str, Any] = {"config": args.config_file, "options": args.opts, "size": list(size)}
+    parts: dict[str, list[Row]] = {}
     if not args.no_flops:
-        result["modules"] = _flops(cfg, size, args.depth, console)
+        parts["modules"] = _flops(cfg, size, args.depth, console)
     if not args.no_fits:
-        result["fits"] = _fits(cfg, args.config_file, size, console)
+        parts["fits"] = _fits(cfg, args.config_file, size, console)
     if args.inversion:
-        result["inversion"] = _inversion(cfg, size, console)
+        parts["inversion"] = _inversion(cfg, size, console)
     if args.json:
-        save_json(args.json, result | {"machine": describe_machine(None)})
+        _save_json(args, size, parts)
+    if args.csv:
+        save_csv(args.csv, [_with_label(row, "table", name) for name, rows in parts.items() for row in rows])
+    if args.plot:
+        save_fits("Images in a training step that fit on a GPU", parts["fits"], args.plot)
     return 0
+
+
+def _save_json(args: argparse.Namespace, size: tuple[int, int], parts: dict[str, list[Row]]) -> None:
+    from dataclasses import asdict
+
+    from ..analysis.report import describe_machine, save_json
+    from .bench import command_line
+
+    content = {
+        "command": command_line(["rev-det", "analyze", args.config_file], args, _OPTIONS),
+        "config": args.config_file,
+        "options": args.opts,
+        "size": list(size),
+        "machine": describe_machine(None),
+    }
+    save_json(args.json, content | {name: [asdict(row) for row in rows] for name, rows in parts.items()})
+
+
+def _with_label(row: Row, name: str, value: str) -> Row:
+    from dataclasses import replace
+
+    return replace(row, labels={name: value} | row.labels)
 
 
 def _test_size(cfg: CfgNode) -> tuple[int, int]:
@@ -84,30 +123,32 @@ def _test_size(cfg: CfgNode) -> tuple[int, int]:
     return cfg.INPUT.MIN_SIZE_TEST or longer, -(-longer // 32) * 32
 
 
-def _flops(cfg: CfgNode, size: tuple[int, int], depth: int, console: Console) -> list[dict[str, Any]]:
+def _flops(cfg: CfgNode, size: tuple[int, int], depth: int, console: Console) -> list[Row]:
     from rich.table import Table
 
     from ..analysis.flops import DEFINITION, analyze_detector
+    from ..analysis.report import COUNTED, Figure, Row
 
     with console.status("tracing the detector"):
         costs = analyze_detector(cfg, size, depth)
     table = Table(title=f"one image of {size[0]}x{size[1]}, inference", title_justify="left")
     table.add_column("module", overflow="fold")
     table.add_column("class")
-    table.add_column("parameters\n(M)", justify="right")
-    table.add_column("FLOPs\n(G, counted)", justify="right")
+    table.add_column("parameters\n(M, counted)", justify="right")
+    table.add_column("FLOPs\n(GMAC, counted)", justify="right")
     for cost in costs:
         flops = f"{cost.flops / 1e9:.2f}" if cost.flops else "-"
         table.add_row(_indented(cost), cost.kind, f"{cost.parameters / 1e6:.3f}", flops)
     console.print(table)
     console.print(DEFINITION, style="dim", highlight=False)
     return [
-        {
-            "module": cost.name,
-            "class": cost.kind,
-            "parameters": {"value": cost.parameters, "unit": "parameters", "method": "counted"},
-            "flops": {"value": cost.flops, "unit": "multiply-adds", "method": "counted"},
-        }
+        Row(
+            {"module": cost.name, "class": cost.kind},
+            {
+                "parameters": Figure(cost.parameters, "parameters", COUNTED),
+                "FLOPs": Figure(cost.flops, "multiply-adds", COUNTED),
+            },
+        )
         for cost in costs
     ]
 
@@ -117,9 +158,7 @@ def _indented(cost: ModuleCost) -> str:
     return "  " * len(parts) + parts[-1] if cost.name else "(whole model)"
 
 
-def _fits(cfg: CfgNode, config_file: str, size: tuple[int, int], console: Console) -> list[dict[str, Any]]:
-    from dataclasses import asdict
-
+def _fits(cfg: CfgNode, config_file: str, size: tuple[int, int], console: Console) -> list[Row]:
     from ..analysis.fits import DEFINITION, images_that_fit
     from ..analysis.report import print_rows
     from .bench import progress_bar
@@ -129,12 +168,10 @@ def _fits(cfg: CfgNode, config_file: str, size: tuple[int, int], console: Consol
         rows = images_that_fit(cases, done)
     print_rows(console, "what fits, images in a training step", rows)
     console.print(DEFINITION, style="dim", highlight=False)
-    return [asdict(row) for row in rows]
+    return rows
 
 
 def _cases(cfg: CfgNode, config_file: str, size: tuple[int, int]) -> list[Case]:
-    from pathlib import Path
-
     from ..analysis.cases import Case, reversible_family
     from ..analysis.peers import AS_CONFIGURED, schemes
 
@@ -145,33 +182,20 @@ def _cases(cfg: CfgNode, config_file: str, size: tuple[int, int]) -> list[Case]:
     return [Case(Path(config_file).stem, None, scheme, 1, size, dtype, cfg=cfg) for scheme in chosen]
 
 
-def _inversion(cfg: CfgNode, size: tuple[int, int], console: Console) -> list[dict[str, Any]]:
+def _inversion(cfg: CfgNode, size: tuple[int, int], console: Console) -> list[Row]:
     import torch
-    from rich.table import Table
 
     from ..analysis.inversion import DEFINITION, inversion_errors, reversible_backbone
+    from ..analysis.report import MEASURED, Figure, Row, print_rows
 
     backbone = reversible_backbone(cfg)
     images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    errors: dict[str, list[InversionError]] = {}
+    rows: dict[str, Row] = {}
     for name, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
         with console.status(f"running the blocks forward and backward in {name}"):
-            errors[name] = inversion_errors(backbone, images, dtype)
-    table = Table(title=f"inversion, one random image of {size[0]}x{size[1]}", title_justify="left")
-    for header in ("stage", "block", *(f"{name}\n(relative, measured)" for name in errors)):
-        table.add_column(header, justify="right" if "measured" in header else "left")
-    for pair in zip(*errors.values(), strict=True):
-        table.add_row(str(pair[0].stage), pair[0].block, *(f"{e.error:.1e}" for e in pair))
-    console.print(table)
+            for found in inversion_errors(backbone, images, dtype):
+                row = rows.setdefault(found.block, Row({"stage": found.stage, "block": found.block}))
+                row.figures[name] = Figure(found.error, "relative", MEASURED)
+    print_rows(console, f"inversion, one random image of {size[0]}x{size[1]}", list(rows.values()))
     console.print(DEFINITION, style="dim", highlight=False)
-    return [
-        {
-            "block": pair[0].block,
-            "stage": pair[0].stage,
-            **{
-                name: {"value": found.error, "unit": "relative", "method": "measured"}
-                for name, found in zip(errors, pair, strict=True)
-            },
-        }
-        for pair in zip(*errors.values(), strict=True)
-    ]
+    return list(rows.values())

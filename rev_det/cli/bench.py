@@ -9,7 +9,7 @@ import argparse
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -23,9 +23,11 @@ SUMMARY = "memory, FLOPs and time of a training step, ours beside its peers"
 
 _MODELS = ("rev_mvit_b", "rev_vit_s", "rev_vit_b", "rev_vit_l")
 _PRESETS = ("detection", "depth", "table1", "figure1", "figure3b", "figure3c")
+# Those that look for the largest batch.
+_LIMITED_PRESETS = ("table1", "figure3b", "figure3c")
 _EPILOG = """
 examples:
-  what one switch gains, counted:
+  memory and FLOPs beside all peers, counted:
     rev-det bench --model rev_mvit_b --size 800x1344 --batch 2 --peers
   a whole detector, on the GPU:
     rev-det bench --config-file configs/COCO-Detection/mask_rcnn_rev_mvit_b_fpn_3x.yaml --device cuda
@@ -36,12 +38,14 @@ examples:
 """
 _DEFINITIONS = {
     "counted": (
-        "Counted: peak memory has gradients and outputs in it, but not weights, inputs and optimizer state "
-        "(AdamW's), which exist besides. FLOPs: 2 for a multiplication and addition."
+        "Counted, without running the step on a device: peak memory has gradients and outputs in it, but not "
+        "weights, inputs and optimizer state (AdamW's unless a config says otherwise); in all is with them. "
+        "FLOPs: 2 for a multiplication and addition."
     ),
     "measured": (
-        "Measured: median, quartiles and mean over the timed steps. Peak memory is above what existed before "
-        "the step (weights, inputs, optimizer state); allocated is torch.cuda.max_memory_allocated."
+        "Measured: median, quartiles and mean over the timed steps, the device having finished each. Peak "
+        "memory is above what existed before the step (weights, inputs, optimizer state); allocated is "
+        "torch.cuda.max_memory_allocated. Warm-up is what came before, to load and choose kernels."
     ),
 }
 # In the order in which a command line is written down.
@@ -101,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--at-peak", type=int, metavar="N", help="list the N largest tensors alive at each peak")
     out.add_argument("--json", metavar="FILE")
     out.add_argument("--csv", metavar="FILE")
-    out.add_argument("--plot", metavar="FILE", help="a picture, .png")
+    out.add_argument("--plot", metavar="FILE", help="a picture: .png, .pdf or .svg")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -123,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
     limit = parse_memory(args.memory_limit) if args.memory_limit else preset.memory_limit if preset else None
     _check(args, device, limit, measured_only=bool(preset and preset.measured_only))
     cases, left_out = without_baselines(preset.cases if preset else _cases(args))
+    _check_precision(cases, device)
 
     # A file or pipe has no width of its own, and narrow tables are unreadable.
     console = Console(width=None if Console().is_terminal else 200)
@@ -138,10 +143,10 @@ def run(args: argparse.Namespace) -> int:
             rows = run_cases(cases, runner, done)
     definitions = [_DEFINITIONS[runner.method]]
     if limit is not None:
-        definitions.append(f"Memory limit: {limit / GIB:.2f} GiB, for weights and all.")
+        definitions.append(f"Memory limit: {limit / GIB:.2f} GiB, for all but CUDA's own context.")
     report = Report(
         title=preset.title if preset else "Training step",
-        command=_command(args),
+        command=command_line(["rev-det", "bench"], args, _OPTIONS),
         rows=rows,
         machine=describe_machine(device),
         definitions=definitions,
@@ -180,7 +185,8 @@ def _check(
     args: argparse.Namespace, device: torch.device | None, limit: int | None, measured_only: bool
 ) -> None:
     """Find before minutes of counting what would stop the command after them."""
-    from ..analysis.report import check_folder
+    from ..analysis.plots import SUFFIXES
+    from ..analysis.report import check_output
 
     if args.preset:
         given = [_flag(name) for name in _CASE_OPTIONS if getattr(args, name) not in (None, False)]
@@ -196,6 +202,8 @@ def _check(
         raise ValueError("--max-batch finds the batch; leave out --batch")
     if limit is not None and device is not None and device.type == "cpu":
         raise ValueError("--memory-limit is enforced on CUDA devices; leave out --device to count instead")
+    if args.memory_limit and device is None and not (args.max_batch or args.preset in _LIMITED_PRESETS):
+        raise ValueError("--memory-limit changes nothing here: give --max-batch, or a --device")
     if args.opts and not args.config_file:
         raise ValueError("--opts needs a --config-file")
     for name in ("depth", "batch", "steps", "warm_up"):
@@ -203,8 +211,8 @@ def _check(
         for value in values if isinstance(values, list) else [values]:
             if value < 1:
                 raise ValueError(f"{_flag(name)} must be at least 1, got {value}")
-    for path in (args.json, args.csv, args.plot):
-        check_folder(path)
+    for path, suffixes in ((args.json, ()), (args.csv, ()), (args.plot, SUFFIXES)):
+        check_output(path, suffixes)
 
 
 def _device(name: str | None) -> torch.device | None:
@@ -220,9 +228,26 @@ def _device(name: str | None) -> torch.device | None:
         raise ValueError("--device cuda: this machine has no CUDA device; leave it out to count instead")
     if device.type not in ("cuda", "cpu"):
         raise ValueError(f"--device must be cuda, cuda:1 or cpu; got {name!r}")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cpu":
+        return device
+    if device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    if device.index >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices, from cuda:0"
+        )
     return device
+
+
+def _check_precision(cases: Sequence[Case], device: torch.device | None) -> None:
+    """Older GPUs emulate bfloat16: neither their time nor their memory would be what was asked for."""
+    import torch
+
+    on_gpu = device is not None and device.type == "cuda"
+    if on_gpu and any(case.dtype == "bf16" for case in cases):
+        with torch.cuda.device(device):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                raise ValueError("this GPU does not compute in bfloat16: give --dtype fp32 or another GPU")
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
@@ -288,10 +313,10 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _command(args: argparse.Namespace) -> str:
-    """The command line again, as it is to be typed."""
-    words = ["rev-det", "bench"]
-    for name in _OPTIONS:
+def command_line(words: Sequence[str], args: argparse.Namespace, options: Sequence[str]) -> str:
+    """The command line again, as it is to be typed: the first words, then those options that were given."""
+    words = list(words)
+    for name in options:
         value, flag = getattr(args, name), _flag(name)
         if value is False and name == "keep_attention":
             words.append("--no-keep-attention")

@@ -1,5 +1,7 @@
 """The counter against cases worked out by hand, and against runs on real tensors."""
 
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -110,6 +112,47 @@ def test_a_training_step_worked_out_by_hand():
     assert count.by_kind() == {GRADIENTS: 4 * 300, OUTPUTS: 4 * 20, KEPT: 4 * 2, WORKING: 4 * 80}
     assert count.total == count.peak + count.weights + count.inputs
     assert (count.step.operation, count.step.shape) == ("aten.mm.default", (20, 10))
+
+
+def test_the_peak_is_split_by_what_it_is_for_and_whose_it_is():
+    count = count_two_linear()
+    before = {WEIGHTS: 4 * 300, OPTIMIZER: 0}
+    common = {GRADIENTS: 4 * 300, OUTPUTS: 4 * 20}
+    kept, working = f"backbone: {KEPT}", f"backbone: {WORKING}"
+    assert count.split() == before | common | {kept: 4 * 2, working: 4 * 80}
+    # The gradient of the first layer's result is made by the second, the loss and its gradient by neither.
+    parts = {kept: 0, working: 0, f"heads: {KEPT}": 4 * 2, f"heads: {WORKING}": 4 * 80}
+    assert count.split("first") == before | common | parts
+    assert sum(count.split("first").values()) == count.total - count.inputs
+
+
+def test_what_the_forward_pass_lets_go_of_is_working_memory():
+    class Wasteful(nn.Module):
+        def forward(self, x):
+            torch.cat([x] * 8)  # that nobody keeps
+            return x * x
+
+    x = torch.zeros(256, requires_grad=True)
+    model = Wasteful()
+    with Counter(model, inputs=[x]) as c:
+        c.outputs([y := model(x)])
+        y.sum().backward()
+        count = c.result()
+    assert count.step.operation == "aten.cat.default"
+    assert count.by_kind() == {GRADIENTS: 0, OUTPUTS: 0, KEPT: 0, WORKING: 8 * KB}
+
+
+def test_nothing_holds_the_model_when_the_count_is_done():
+    def count():
+        model = nn.Linear(4, 4)
+        with Counter(model) as c:
+            model(torch.zeros(2, 4)).sum().backward()
+            c.result()
+        return weakref.ref(model), weakref.ref(c)
+
+    references = count()
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
 
 
 def test_operations_of_both_passes_are_traced_to_their_modules():

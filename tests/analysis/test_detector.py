@@ -40,6 +40,38 @@ def test_counting_a_detector_is_counting_its_real_step(config):
     assert counted.flops == pytest.approx(real.flops, rel=0.02)
 
 
+def test_memory_of_the_backbone_is_told_apart_from_that_of_the_heads(config):
+    regions = "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE"
+    few, many = (
+        count_detector(config(regions, number, "MODEL.REV.ACTIVATIONS", "cached"), 1, (256, 256))
+        for number in (8, 64)
+    )
+    parts = [count.split("backbone") for count in (few, many)]
+    # p2 .. p6 in float32 are the outputs: 64 channels at strides 4 .. 64. At the peak p2 is still there.
+    pixels = [(256 // stride) ** 2 for stride in (4, 8, 16, 32, 64)]
+    assert 4 * 64 * pixels[0] <= parts[0]["outputs"] <= 4 * 64 * sum(pixels)
+    # More regions are the heads' memory alone.
+    name = "backbone: kept for backward"
+    assert parts[0][name] == parts[1][name] > 0
+    assert parts[1]["heads: kept for backward"] > 1.5 * parts[0]["heads: kept for backward"]
+    for count, part in zip((few, many), parts, strict=True):
+        assert sum(part.values()) == count.total - count.inputs
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ("MODEL.ROI_HEADS.IN_FEATURES", ["p9"]),
+        ("MODEL.META_ARCHITECTURE", "NoSuchArchitecture"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [[32]] * 4),
+    ],
+    ids=["feature", "architecture", "anchors"],
+)
+def test_a_config_that_cannot_be_built_is_an_error(config, opts):
+    with pytest.raises(ValueError, match="the config cannot be built"):
+        DetectorStep(config(*opts), 1, (64, 64))
+
+
 def test_reversible_detectors_need_less_than_cached_ones(config):
     opts = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bf16")
     peaks = {
@@ -57,7 +89,7 @@ def test_a_single_stage_detector_is_counted_too(config):
         *("MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [128], [256]]),
         *("MODEL.RETINANET.IN_FEATURES", ["p3", "p4", "p5", "p6", "p7"], "MODEL.MASK_ON", False),
     )
-    count = count_detector(cfg, 1, (128, 128))
+    count = count_detector(cfg, 1, (256, 256))
     assert count.by_module()["head"] > 0
     assert count.flops > 2 * count.forward_flops
 

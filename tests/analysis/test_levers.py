@@ -14,12 +14,14 @@ def test_every_lever_that_is_switched_off_is_missed():
     spec = importlib.util.spec_from_file_location("levers", SCRIPT)
     levers = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(levers)
-    rows = levers.count_levers([replace(levers.MVIT, depth=7), replace(levers.VIT, batch=64)])
+    cases = [replace(levers.MVIT, depth=7), replace(levers.VIT, batch=64), replace(levers.ORDINARY, depth=7)]
+    rows = levers.count_levers(cases)
     missed = {}
     for row in rows:
         changes = (row.figures["more memory"].value, row.figures["more FLOPs"].value)
         missed.setdefault(row.labels["switched off"], []).append(changes)
-    assert missed.pop("none") == [(0, 0)] * 2
+    assert missed.pop("none") == [(0, 0)] * 3
+    assert len(missed) == len(levers.LEVERS) - 1
     # At the peak of the whole step it makes no difference: another operation's is higher.
     missed.pop("q, k and v each pooled before the next is projected")
     for name, changes in missed.items():

@@ -25,7 +25,15 @@ from rev_det.analysis.peers import (
 )
 from rev_det.analysis.plots import save_plot, save_scatter
 from rev_det.analysis.presets import PRESETS
-from rev_det.analysis.report import Figure, Report, Row, describe_machine, format_value, write_whole
+from rev_det.analysis.report import (
+    Figure,
+    Report,
+    Row,
+    check_output,
+    describe_machine,
+    format_value,
+    write_whole,
+)
 from rev_det.modeling import RevMViT
 
 VIT = MODELS["rev_vit_s"]
@@ -81,8 +89,15 @@ def test_ratios_are_to_ordinary_autograd(rows):
 
 def test_the_split_adds_up_to_the_peak(rows):
     for row in rows:
-        parts = [f.value for name, f in row.split.items() if name not in ("weights", "optimizer state")]
-        assert sum(parts) == pytest.approx(row.figures["peak memory"].value)
+        parts = {name: f.value for name, f in row.split.items()}
+        whole = sum(parts.values())
+        assert whole - parts["weights"] - parts["optimizer state"] == pytest.approx(
+            row.figures["peak memory"].value
+        )
+        images = 3 * 32 * 32 * 4 / 2**30
+        assert whole + images == pytest.approx(row.figures["in all"].value)
+        named = {"gradients", "outputs", "backbone: kept for backward", "backbone: working memory"}
+        assert named < set(parts)
         # AdamW's two averages and a step number for each parameter.
         assert row.split["optimizer state"].value == pytest.approx(2 * row.split["weights"].value, rel=1e-4)
 
@@ -100,7 +115,7 @@ def test_what_is_alive_at_the_peak_is_named_largest_first(rows):
 
 def test_labels_that_are_the_same_everywhere_are_in_the_title(rows):
     text = shown(report(rows))
-    assert text.splitlines()[0].startswith("a title: Rev-ViT-S, depth 2, 32x32, images 1, bf16")
+    assert text.splitlines()[0].startswith("a title: Rev-ViT-S, depth 2, 32x32, 1 image, bf16")
 
 
 def test_nothing_half_written_is_left(tmp_path):
@@ -116,8 +131,26 @@ def test_nothing_half_written_is_left(tmp_path):
         write_whole(str(target), fail)
     assert target.read_text() == "before"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch):
+    check_output(None)
+    check_output(str(tmp_path / "a.PNG"), (".png",))
     with pytest.raises(FileNotFoundError, match="the folder .*missing does not exist"):
-        write_whole(str(tmp_path / "missing" / "a.json"), fail)
+        check_output(str(tmp_path / "missing" / "a.json"))
+    for folder in (str(tmp_path), f"{tmp_path}/", ""):
+        with pytest.raises(ValueError, match="it is a folder; give the name of a file"):
+            check_output(folder)
+    with pytest.raises(ValueError, match="must end with .png or .pdf"):
+        check_output(str(tmp_path / "a.gif"), (".png", ".pdf"))
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="no permission to write to the folder"):
+        check_output(str(tmp_path / "a.json"))
+
+
+def test_writing_into_a_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="the folder .*missing does not exist"):
+        write_whole(str(tmp_path / "missing" / "a.json"), lambda part: pytest.fail("written"))
 
 
 def test_the_machine_is_described_by_class_and_not_by_name():
@@ -136,6 +169,10 @@ def test_the_machine_is_described_by_class_and_not_by_name():
 )
 def test_figures_show_the_digits_that_count(value, text):
     assert format_value(Figure(value, "GiB", "counted")) == text
+
+
+def test_errors_show_their_order_of_magnitude():
+    assert format_value(Figure(3.456e-7, "relative", "measured")) == "3.5e-07"
 
 
 def drawn(path):
@@ -167,6 +204,72 @@ def test_bars_lines_and_scatter_are_drawn(rows, tmp_path):
     # Three bars in each of two panels are wider than a line plot with one.
     assert drawn(tmp_path / "bars.png")[1] > drawn(tmp_path / "lines.png")[1]
     assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.fixture
+def canvas(monkeypatch):
+    """What would have been saved."""
+    made = []
+    monkeypatch.setattr("rev_det.analysis.plots._save", lambda canvas, path: made.append(canvas))
+    return lambda: made[-1]
+
+
+def measured_row(model, training, seconds, **labels):
+    figures = {"time": seconds, "lower quartile": 0.9 * seconds, "upper quartile": 1.2 * seconds}
+    figures = {name: Figure(value, "s", "measured") for name, value in figures.items()}
+    return Row({"model": model, "training": training, "images": 2} | labels, figures)
+
+
+def test_bars_stand_in_groups_of_what_can_be_compared(canvas):
+    rows = [
+        measured_row(model, training, 1.0, depth=depth)
+        for depth in (16, 24)
+        for model, training in (("Rev-M", "cached"), ("M", "Detectron2's own"), ("Rev-M", "reversible"))
+    ]
+    rows[0].figures["time, published"] = Figure(2.0, "s", "published")
+    save_plot(report(rows), "a.png")
+    (axes,) = canvas().axes
+    names = ["cached", "Detectron2's own M", "reversible"]
+    labels = axes.get_yticklabels()
+    headings = ["depth 16", "depth 24"]
+    assert [label.get_text() for label in labels] == [headings[0], *names, "", headings[1], *names]
+    assert [label.get_text() for label in labels if label.get_fontweight() == "bold"] == headings
+    assert canvas().get_suptitle() == "a title\nRev-M, 2 images"
+    quartiles = [line for line in axes.lines if list(line.get_xdata()) == [0.9, 1.2]]
+    assert len(quartiles) == 6
+    assert [text.get_text() for text in canvas().legends[0].get_texts()] == ["the paper's figure"]
+
+
+def test_a_scatter_names_each_model_once_and_marks_the_papers_figures(canvas):
+    def row(model, training, y, **more):
+        figures = {"FLOPs": Figure(4.0, "GMAC", "counted"), "memory per image": Figure(y, "MiB", "counted")}
+        return Row({"model": model, "training": training}, figures | more)
+
+    published = {"memory per image, published": Figure(60.0, "MiB", "published")}
+    rows = [
+        row("M", "Detectron2's own", 70.0, **published),
+        row("Rev-M", "cached", 50.0),
+        row("Rev-M", "reversible", 3.0),
+    ]
+    save_scatter(report(rows), "a.png", "FLOPs", "memory per image")
+    (axes,) = canvas().axes
+    assert [(text.get_text(), text.xy) for text in axes.texts] == [("M", (4.0, 70.0))]
+    marked = [c.get_offsets().tolist() for c in axes.collections if c.get_label() == "the paper's figure"]
+    assert marked == [[[4.0, 60.0]]]
+
+
+@pytest.mark.parametrize("factor, scale", [(2.0, "linear"), (100.0, "log")])
+def test_lines_far_apart_are_on_a_logarithmic_axis_under_one_legend(canvas, factor, scale):
+    rows = [
+        Row({"model": "m", "training": t, "depth": d}, {"largest batch": Figure(f * d, "images", "counted")})
+        for t, f in (("cached", 1.0), ("reversible", factor))
+        for d in (10, 11, 12)
+    ]
+    save_plot(report(rows), "a.png")
+    (axes,) = canvas().axes
+    assert axes.get_yscale() == scale
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["10", "11", "12"]
+    assert [text.get_text() for text in canvas().legends[0].get_texts()] == ["cached", "reversible"]
 
 
 def test_nothing_to_draw_is_an_error(tmp_path):
@@ -210,6 +313,23 @@ def test_the_counted_largest_batch_is_the_last_that_fits(scheme):
     assert Counting().largest_batch(wanted, 1000) == 0
 
 
+def test_a_counted_largest_batch_beyond_what_is_counted_is_extended_in_a_straight_line(monkeypatch):
+    monkeypatch.setattr("rev_det.analysis.cases._MOST_COUNTED", 8)
+    wanted = case(CACHED, dtype="fp32")
+    low, high = (Counting().count(case(CACHED, dtype="fp32", batch=b)).total for b in (4, 8))
+    limit = high + 100 * (high - low)
+    monkeypatch.setattr(Counting, "count", refuse_more_than(8, Counting.count))
+    assert Counting().largest_batch(wanted, limit) == 8 + 400
+
+
+def refuse_more_than(most, count):
+    def counted(self, case):
+        assert case.batch <= most
+        return count(self, case)
+
+    return counted
+
+
 def test_the_measured_largest_batch_is_found_by_trying(monkeypatch):
     def fake(run, release, batch, *args):
         if batch > 5:
@@ -217,6 +337,19 @@ def test_the_measured_largest_batch_is_found_by_trying(monkeypatch):
 
     monkeypatch.setattr("rev_det.analysis.cases.measure", lambda *args: fake(*args) or "result")
     assert Measuring(torch.device("cpu"), 1, 1).largest_batch(case(), None) == 5
+
+
+def test_a_batch_is_tried_with_two_steps_however_many_are_to_be_timed(monkeypatch):
+    tried = []
+
+    def fake(run, release, batch, device, warm_up, steps, *args):
+        tried.append((warm_up, steps))
+        if batch > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried.")
+
+    monkeypatch.setattr("rev_det.analysis.cases.measure", lambda *args: fake(*args) or "result")
+    assert Measuring(torch.device("cpu"), 100, 400).largest_batch(case(), None) == 1
+    assert set(tried) == {(1, 1)}
 
 
 def test_schemes_of_a_command_line():
@@ -299,6 +432,14 @@ def test_presets_of_the_paper_make_rows_with_its_figures(name, monkeypatch):
     if name != "figure3c":
         published = rows[1].figures["memory per image, published"]
         assert (published.value, published.method) == (8.8, "published")
+
+
+def test_a_largest_batch_that_does_not_fit_when_it_is_timed_is_said_so(monkeypatch):
+    runner = Measuring(torch.device("cpu"), 1, 1)
+    monkeypatch.setattr(runner, "largest_batch", lambda case, limit: 3)
+    monkeypatch.setattr(runner, "try_measure", lambda case, warm_up, steps: None)
+    (row,) = PRESETS["figure3b"].run([case(CACHED, dtype="fp32")], runner, None, lambda: None)
+    assert (row.figures["largest batch"].value, row.note) == (3, "out of memory")
 
 
 def test_throughput_at_the_largest_batch_is_measured(monkeypatch):

@@ -1,6 +1,8 @@
 """The bench and analyze commands: what they print and write, and their errors."""
 
+import csv
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,11 @@ def test_any_detectron2_config_is_counted(tmp_path):
         (["--opts", "MODEL.MASK_ON", "False"], "--opts needs a --config-file"),
         (["--config-file", "missing.yaml"], "missing.yaml does not exist"),
         (["--json", "missing/a.json"], "the folder missing does not exist"),
+        (["--csv", "../"], "'../' cannot be written: it is a folder"),
+        (["--plot", "a.xyz"], "a.xyz cannot be written: its name must end with .png or .pdf or .svg"),
+        (["--memory-limit", "1GB"], "--memory-limit changes nothing here: give --max-batch"),
+        (["--config-file", NANO, "--opts", "MODEL.META_ARCHITECTURE", "Other"], "the config cannot be built"),
+        (["--config-file", NANO, "--opts", "MODEL.KEYPOINT_ON", "True"], "MODEL.KEYPOINT_ON True"),
     ],
 )
 def test_errors_are_one_line_that_says_what_to_do(arguments, message, capsys):
@@ -143,28 +150,84 @@ def test_errors_are_one_line_that_says_what_to_do(arguments, message, capsys):
     assert not list(Path().iterdir())
 
 
+def test_an_unknown_preset_is_an_error_that_lists_them(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "--preset", "table9"])
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert "'table9'" in err and "figure3c" in err
+
+
+def test_a_whole_detector_is_counted_beside_its_peers():
+    arguments = ["--config-file", NANO, "--size", "64x64", "--batch", "1", "--peers", "--json", "a.json"]
+    assert main(["bench", *arguments]) == 0
+    content, by_training = figures("a.json")
+    assert {"cached", "checkpoint", "checkpoint, attention kept", "reversible, attention kept"} <= set(
+        by_training
+    )
+    for row in content["rows"]:
+        parts = {"weights", "optimizer state", "gradients", "outputs", "backbone: working memory"}
+        assert parts | {"heads: kept for backward"} <= set(row["split"])
+        assert row["figures"]["in all"]["value"] > row["figures"]["peak memory"]["value"]
+
+
+def test_a_float16_config_is_counted_though_the_cpu_does_not_train_in_it():
+    arguments = ["--config-file", NANO, "--size", "64x64", "--batch", "1", "--activations", "cached"]
+    amp = ["--opts", "SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "fp16"]
+    assert main(["bench", *arguments, "--json", "a.json", *amp]) == 0
+    assert figures("a.json")[0]["rows"][0]["labels"]["type"] == "bf16"
+
+
+def test_a_gpu_without_bfloat16_is_not_asked_for_it(monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert main(["bench", *SMALL, "--device", "cuda"]) == 2
+    assert "does not compute in bfloat16: give --dtype fp32" in capsys.readouterr().err
+    assert main(["bench", *SMALL, "--device", "cuda:3"]) == 2
+    assert "--device cuda:3: this machine has 1 CUDA devices" in capsys.readouterr().err
+
+
 def test_a_config_is_analyzed(capsys):
-    parts = ["--size", "64x64", "--inversion", "--depth", "2", "--json", "a.json"]
+    parts = ["--size", "64x64", "--inversion", "--depth", "2"]
+    files = ["--json", "a.json", "--csv", "a.csv", "--plot", "a.png"]
     few = ["MODEL.RPN.POST_NMS_TOPK_TRAIN", "20", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "4"]
-    assert main(["analyze", NANO, *parts, "--opts", *few]) == 0
+    assert main(["analyze", NANO, *parts, *files, "--opts", *few]) == 0
     out = capsys.readouterr().out
     for words in ("RevMViT", "12 GB", "reversible", "blocks.6", "N * 10^9 bytes"):
         assert words in out
     content = json.loads(Path("a.json").read_text())
+    assert content["command"].startswith("rev-det analyze ")
+    assert content["command"].endswith(
+        " ".join([*parts[:2], *parts[3:], "--inversion", *files, "--opts", *few])
+    )
     whole = content["modules"][0]
-    assert (whole["class"], whole["flops"]["unit"]) == ("GeneralizedRCNN", "multiply-adds")
+    assert whole["labels"] == {"module": "", "class": "GeneralizedRCNN"}
+    assert whole["figures"]["FLOPs"]["unit"] == "multiply-adds"
     assert [row["labels"]["training"] for row in content["fits"]] == [
         *("cached", "checkpoint, attention kept", "reversible, attention kept"),
     ]
-    assert [entry["block"] for entry in content["inversion"]] == [f"blocks.{i}" for i in (0, 2, 4, 5, 6, 8)]
-    assert content["inversion"][0]["float32"]["value"] < 1e-5
+    inverted = content["inversion"]
+    assert [row["labels"]["block"] for row in inverted] == [f"blocks.{i}" for i in (0, 2, 4, 5, 6, 8)]
+    assert inverted[0]["figures"]["float32"]["value"] < 1e-5
+    lines = list(csv.DictReader(Path("a.csv").open()))
+    rows = [row for name in ("modules", "fits", "inversion") for row in content[name]]
+    assert len(lines) == sum(len(row["figures"]) for row in rows)
+    assert {line["table"] for line in lines} == {"modules", "fits", "inversion"}
+    assert all(line["unit"] and line["method"] for line in lines)
+    assert Path("a.png").stat().st_size > 10_000
+    assert len(list(Path().iterdir())) == 3
 
 
 def test_parts_of_the_analysis_can_be_left_out(capsys):
     left_out = ["--no-flops", "--no-fits", "--json", "a.json", "--opts", "MODEL.MASK_ON", "False"]
     assert main(["analyze", NANO, *left_out]) == 0
     content = json.loads(Path("a.json").read_text())
-    assert set(content) == {"config", "options", "size", "machine"}
+    assert set(content) == {"command", "config", "options", "size", "machine"}
     assert (content["size"], content["options"]) == ([128, 128], ["MODEL.MASK_ON", "False"])
 
 
@@ -175,6 +238,10 @@ def test_parts_of_the_analysis_can_be_left_out(capsys):
         ([NANO, "--opts", "MODEL.NO_KEY", "1"], "there is no config key MODEL.NO_KEY"),
         ([NANO, "--size", "big"], "--size must be HEIGHTxWIDTH"),
         ([NANO, "--json", "missing/a.json"], "the folder missing does not exist"),
+        ([NANO, "--plot", "a"], "a cannot be written: its name must end with .png"),
+        ([NANO, "--plot", "a.png", "--no-fits"], "--plot draws the images that fit: leave out --no-fits"),
+        ([NANO, "--depth", "0"], "--depth must be at least 1, got 0"),
+        ([NANO, "--opts", "MODEL.ROI_HEADS.NAME", "NoHeads"], "the config cannot be built"),
     ],
 )
 def test_errors_of_the_analysis_are_one_line(arguments, message, capsys):
