@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from .. import __version__
@@ -53,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser = subparsers.add_parser(name, help=module.SUMMARY, description=module.__doc__)
         module.add_arguments(subparser)
     args = parser.parse_args(words)
+    # What Detectron2 does that newer versions of torch advise against: nothing a user could mend.
+    for message in ("`torch.jit.script", "torch.meshgrid"):
+        warnings.filterwarnings("ignore", message)
     try:
         return modules[args.command].run(args)
     except (ValueError, OSError) as error:

@@ -1,5 +1,6 @@
 """The reversible core and, where Detectron2 works, the registered backbones."""
 
+import warnings
 from importlib.util import find_spec
 
 from .reversible import ReversibleSequence
@@ -16,9 +17,12 @@ else:
     # A Detectron2 that is there but broken may raise anything. `rev-det doctor`, which says what to do about
     # it, imports this package, too.
     try:
-        from . import baselines, build
-        from .rev_mvit import RevMViT
-        from .rev_vit import RevViT
+        with warnings.catch_warnings():
+            # Importing Detectron2 uses what newer versions of torch advise against: not for users to mend.
+            warnings.filterwarnings("ignore", "`torch.jit.script")
+            from . import baselines, build
+            from .rev_mvit import RevMViT
+            from .rev_vit import RevViT
 
         __all__ += ["baselines", "build"]
     except Exception as error:
