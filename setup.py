@@ -30,6 +30,8 @@ REQUIRES = [
     "shapely>=2.0",
     "rich>=13.0",
     "tqdm>=4.64",
+    # the page of a training run; brings MarkupSafe
+    "Jinja2>=3.1",
     # what Detectron2 itself needs at run time
     "yacs>=0.1.8",
     "termcolor>=1.1",
@@ -47,7 +49,9 @@ EXTRAS = {
     "baselines": ["timm>=0.9.12"],
     # a faster COCO evaluation than pycocotools, with equal numbers
     "eval": ["faster-coco-eval>=1.6"],
-    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
+    # detectors as ONNX, and the check that they compute the same
+    "export": ["onnx>=1.17", "onnxruntime>=1.20"],
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings>=0.26", "mkdocstrings-python>=1.12"],
 }
 
 # All four provide the same cv2 folder: an environment should hold only one of them.
@@ -89,7 +93,7 @@ setup(
     # the package.
     packages=[*find_packages(include=["rev_det", "rev_det.*"]), "rev_det.configs"],
     package_dir={"rev_det.configs": "configs"},
-    package_data={"rev_det.configs": ["**/*.yaml"]},
+    package_data={"rev_det.configs": ["**/*.yaml"], "rev_det.report": ["page.html", "page.css"]},
     install_requires=requirements(),
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["rev-det = rev_det.cli:main"]},

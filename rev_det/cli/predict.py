@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--weights", metavar="FILE", help="of a trained detector")
     model.add_argument(
         "--config",
+        "--config-file",
         metavar="NAME",
         help="a config file or a zoo name (default: config.yaml beside the weights)",
     )

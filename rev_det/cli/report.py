@@ -1,0 +1,22 @@
+"""One HTML page of a training run: figures, curves, AP of each class, predictions, config and environment.
+
+The page needs neither network nor JavaScript. A run that is under way or was killed has one too.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = "one HTML page of a training run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="OUTPUT_DIR", help="of the training run")
+    parser.add_argument("--output", metavar="FILE", help="the page (default: OUTPUT_DIR/report.html)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..report import write_report
+
+    print(f"report: {write_report(args.folder, args.output)}")
+    return 0

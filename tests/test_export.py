@@ -1,0 +1,374 @@
+"""A detector written as TorchScript, ONNX or torch.export computes what it computes, or is not written."""
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_backbone, build_model
+from nano_detector import nano_config
+from torch import nn
+
+import rev_det.export as module
+from rev_det import model_zoo
+from rev_det.cli import main
+from rev_det.export import DESCRIPTION, check_target, export
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "export.md"
+# torch.jit is, but nothing else takes a detector of any size.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.load` is deprecated")
+HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime"))
+needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="onnx or onnxruntime is not installed")
+SUFFIX = {"torchscript": ".ts", "onnx": ".onnx", "torch-export": ".pt2"}
+formats = pytest.mark.parametrize("format", ["torchscript", pytest.param("onnx", marks=needs_onnx)])
+
+
+def mask_rcnn_mvit():
+    return nano_config()
+
+
+def mask_rcnn_vit():
+    cfg = model_zoo.get_config("mask_rcnn_rev_vit_nano_fpn")
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    return cfg
+
+
+def faster_rcnn():
+    cfg = nano_config()
+    cfg.MODEL.MASK_ON = False
+    return cfg
+
+
+def cascade_mask_rcnn():
+    cfg = nano_config()
+    cfg.MODEL.ROI_HEADS.NAME = "CascadeROIHeads"
+    return cfg
+
+
+def retinanet():
+    cfg = nano_config()
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_rev_mvit_fpn_backbone"
+    cfg.MODEL.RETINANET.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    cfg.MODEL.RETINANET.NUM_CLASSES = 3
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.1
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64], [128], [256]]
+    return cfg
+
+
+DETECTORS = [
+    mask_rcnn_mvit,
+    retinanet,
+    *(pytest.param(make, marks=pytest.mark.slow) for make in (mask_rcnn_vit, faster_rcnn, cascade_mask_rcnn)),
+]
+
+
+def build(make):
+    torch.manual_seed(0)
+    cfg = make()
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    if make is retinanet:
+        # At first all scores are nearly the same, and which are the highest is left to chance.
+        for parameter in model.head.parameters():
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def load(path, format):
+    """The file as its users load it, without what exported it: from input to outputs in order."""
+    if format == "torchscript":
+        return torch.jit.load(str(path))
+    if format == "torch-export":
+        exported = torch.export.load(str(path)).module()
+        return lambda x: tuple(exported(x).values())
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path))
+    return lambda x: tuple(
+        map(torch.from_numpy, session.run(None, {session.get_inputs()[0].name: x.numpy()}))
+    )
+
+
+def description(path, format):
+    files = {DESCRIPTION: ""}
+    if format == "torchscript":
+        torch.jit.load(str(path), _extra_files=files)
+    elif format == "torch-export":
+        torch.export.load(str(path), extra_files=files)
+    else:
+        import onnx
+
+        (files[DESCRIPTION],) = [p.value for p in onnx.load(str(path)).metadata_props if p.key == DESCRIPTION]
+    return json.loads(files[DESCRIPTION])
+
+
+@formats
+@pytest.mark.parametrize("make", DETECTORS)
+def test_a_detector_computes_the_same(make, format, tmp_path):
+    model = build(make)
+    path = tmp_path / f"detector{SUFFIX[format]}"
+    compared = export(model, path, format, size=(64, 96))
+    assert [comparison.shape[1:] for comparison in compared][0] == (64, 96)
+    assert len(compared) == (1 if format == "onnx" else 2)
+    assert all(comparison.detections > 10 for comparison in compared)
+
+    image = 255 * torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        (expected,) = model([{"image": image}])
+    found = dict(zip(description(path, format)["outputs"], load(path, format)(image), strict=True))
+    expected = expected["instances"]
+    assert torch.allclose(found["scores"], expected.scores, atol=1e-5)
+    assert torch.allclose(found["pred_boxes"], expected.pred_boxes.tensor, atol=1e-2)
+    assert torch.equal(found["pred_classes"], expected.pred_classes)
+    assert found["image_size"].tolist() == [64, 96]
+    assert ("pred_masks" in found) == expected.has("pred_masks")
+    if "pred_masks" in found:
+        assert found["pred_masks"].shape == (len(expected), 1, 28, 28)
+
+
+@formats
+@pytest.mark.parametrize(
+    "make, size",
+    # Two are made at the size of their position embedding, which needs no interpolation.
+    [(mask_rcnn_mvit, (64, 64)), (mask_rcnn_vit, (128, 128)), (retinanet, (160, 192))],
+)
+def test_a_backbone_takes_any_batch_and_size(make, size, format, tmp_path):
+    model = build(make)
+    path = tmp_path / f"backbone{SUFFIX[format]}"
+    export(model, path, format, "backbone", size=size)
+    loaded = load(path, format)
+    names = list(description(path, format)["outputs"])
+    for shape in ((3, 3, 64, 64), (1, 3, 128, 128), (1, 3, 128, 64), (2, 3, 96, 224)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            expected = model.backbone(x)
+        assert list(expected) == names
+        for found, value in zip(loaded(x), expected.values(), strict=True):
+            assert torch.allclose(found, value, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (mask_rcnn_vit, "build_rev_vit_backbone"),
+        (mask_rcnn_vit, "build_rev_vit_fpn_backbone"),
+        pytest.param(mask_rcnn_mvit, "build_rev_mvit_fpn_backbone", marks=pytest.mark.slow),
+    ],
+)
+def test_torch_export_of_a_backbone_takes_any_batch_and_size(make, name, tmp_path):
+    torch.manual_seed(0)
+    cfg = make()
+    cfg.MODEL.BACKBONE.NAME = name
+    model = nn.Module()
+    model.backbone = build_backbone(cfg)
+    path = tmp_path / "backbone.pt2"
+    export(model, path, "torch-export", "backbone", size=(160, 192))
+    loaded = load(path, "torch-export")
+    for shape in ((1, 3, 128, 128), (3, 3, 96, 224)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            for found, value in zip(loaded(x), model.backbone(x).values(), strict=True):
+                assert torch.allclose(found, value, atol=1e-4)
+    assert list(description(path, "torch-export")["inputs"]) == ["images"]
+
+
+def test_torchscript_needs_torchvision_alone(tmp_path):
+    path = tmp_path / "detector.ts"
+    export(build(mask_rcnn_mvit), path, "torchscript", size=(64, 64))
+    code = (
+        "import sys; sys.modules['detectron2'] = sys.modules['rev_det'] = None\n"
+        "import torch, torchvision\n"
+        f"outputs = torch.jit.load({str(path)!r})(torch.rand(3, 50, 70) * 255)\n"
+        "print(len(outputs), outputs[-1].tolist())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split("\n")[0] == "5 [50, 70]"
+
+
+@needs_onnx
+def test_onnx_of_a_detector_takes_its_size_alone(tmp_path):
+    # Of another size its proposals would be wrong, and it would not always say so.
+    path = tmp_path / "detector.onnx"
+    export(build(faster_rcnn), path, "onnx", size=(64, 96))
+    with pytest.raises(Exception, match="invalid dimensions"):
+        load(path, "onnx")(torch.zeros(3, 96, 64))
+    content = description(path, "onnx")
+    assert "(3, 64, 96)" in content["inputs"]["image"]
+    assert list(content["outputs"]) == ["pred_boxes", "pred_classes", "scores", "image_size"]
+
+
+def test_the_model_is_as_before(tmp_path):
+    from detectron2.modeling.backbone.utils import get_abs_pos
+
+    from rev_det.modeling import backbone
+
+    model = build(mask_rcnn_mvit)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    export(model, tmp_path / "backbone.pt", "torchscript", "backbone", size=(96, 96))
+    assert backbone.get_abs_pos is get_abs_pos
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_training_mode_and_drop_path_are_not_exported(tmp_path):
+    cfg = nano_config()
+    cfg.MODEL.REV_MVIT.DROP_PATH_RATE = 0.9
+    model = build(lambda: cfg).train()
+    path = tmp_path / "backbone.ts"
+    export(model, path, "torchscript", "backbone", size=(96, 96))
+    loaded, x = load(path, "torchscript"), torch.randn(1, 3, 96, 96)
+    assert torch.equal(loaded(x)[0], loaded(x)[0])
+    assert not loaded(x)[0].requires_grad
+
+
+@pytest.mark.parametrize("part", ["detector", "backbone"])
+def test_a_file_that_computes_something_else_is_not_kept(part, tmp_path, monkeypatch):
+    def write_another(source, path):
+        class Another(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = source.module
+
+            def forward(self, x):
+                first, *rest = self.inner(x)
+                return (first * 1.001, *rest)
+
+        torch.jit.save(torch.jit.trace(Another(), source.example, check_trace=False), str(path))
+
+    path = tmp_path / "file.ts"
+    path.write_bytes(b"what was there")
+    monkeypatch.setitem(module._WRITERS, "torchscript", write_another)
+    with pytest.raises(ValueError, match="the exported file differs from the model on an input of shape"):
+        export(build(mask_rcnn_mvit), path, "torchscript", part, size=(96, 96))
+    assert path.read_bytes() == b"what was there"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_for_one_size_alone_is_not_kept(tmp_path, monkeypatch):
+    def write_constant(source, path):
+        outputs = source.module(source.example)
+
+        class Constant(nn.Module):
+            def forward(self, x):
+                return tuple(value + 0 * x.sum() for value in outputs)
+
+        torch.jit.save(torch.jit.trace(Constant(), source.example, check_trace=False), str(path))
+
+    monkeypatch.setitem(module._WRITERS, "torchscript", write_constant)
+    with pytest.raises(ValueError, match=r"input of shape \(1, 3, 128, 32\): p2 has shape"):
+        export(build(mask_rcnn_mvit), tmp_path / "file.ts", "torchscript", "backbone", size=(96, 96))
+    assert not list(tmp_path.iterdir())
+
+
+def test_detections_of_nearly_equal_scores_may_change_places():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 90, 90], [0, 0, 10, 10]])
+    expected = {"pred_boxes": boxes, "scores": torch.ones(3), "pred_classes": torch.tensor([0, 1, 2])}
+    swapped = {name: value[[2, 0, 1]] for name, value in expected.items()}
+    found = module._in_order(swapped, expected, (3, 64, 64))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    other = {**expected, "pred_classes": torch.tensor([0, 1, 0])}
+    with pytest.raises(ValueError, match="it detects other objects"):
+        module._in_order(other, expected, (3, 64, 64))
+    fewer = {name: value[:2] for name, value in expected.items()}
+    with pytest.raises(ValueError, match="it detects 2 objects, and not 3"):
+        module._in_order(fewer, expected, (3, 64, 64))
+
+
+def test_not_a_number_is_not_equal(tmp_path, monkeypatch):
+    model = build(mask_rcnn_mvit)
+    with torch.no_grad():
+        model.backbone.fpn_output2.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="p2 by nan"):
+        export(model, tmp_path / "file.ts", "torchscript", "backbone", size=(96, 96))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_exporter_that_fails_is_one_line_with_what_works(tmp_path, monkeypatch):
+    def fail(source, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("no such operator\nand a long trace")
+
+    monkeypatch.setitem(module._WRITERS, "torchscript", fail)
+    with pytest.raises(ValueError) as error:
+        export(build(mask_rcnn_mvit), tmp_path / "file.ts", "torchscript", "backbone", size=(96, 96))
+    assert str(error.value).startswith(
+        "--format torchscript --part backbone fails: no such operator; what works:"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name, format, part, message",
+    [
+        (
+            "a.ts",
+            "tflite",
+            "detector",
+            "--format is 'tflite'; allowed are 'torchscript', 'onnx', 'torch-export'",
+        ),
+        ("a.ts", "torchscript", "head", "--part is 'head'; allowed are 'detector', 'backbone'"),
+        ("a.pth", "torchscript", "detector", "a.pth must end with .pt or .ts for --format torchscript"),
+        ("a.pt2", "torch-export", "detector", "what works: torchscript and onnx of the detector"),
+        ("gone/a.ts", "torchscript", "backbone", "the folder .*gone does not exist"),
+    ],
+)
+def test_what_cannot_work_is_said_before_there_is_a_model(name, format, part, message, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        check_target(tmp_path / name, format, part)
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="needs onnx and onnxruntime.*pip install onnx onnxruntime"):
+        check_target(tmp_path / "a.onnx", "onnx", "backbone")
+
+
+@pytest.mark.parametrize(
+    "format, size, least", [("torchscript", (96, 100), 32), ("torch-export", (64, 96), 96)]
+)
+def test_the_size_of_a_backbone_is_checked(format, size, least, tmp_path):
+    with pytest.raises(ValueError, match=f"must be multiples of 32, at least {least} for --format {format}"):
+        export(build(mask_rcnn_mvit), tmp_path / f"a{SUFFIX[format]}", format, "backbone", size=size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_architectures_are_an_error_that_names_them(tmp_path):
+    cfg = nano_config()
+    cfg.MODEL.META_ARCHITECTURE = "ProposalNetwork"
+    with pytest.raises(ValueError, match="a ProposalNetwork cannot be exported.*--part backbone"):
+        export(build(lambda: cfg), tmp_path / "a.ts", "torchscript", size=(64, 64))
+
+
+def test_an_image_gives_its_size(tmp_path):
+    compared = export(build(faster_rcnn), tmp_path / "a.ts", "torchscript", image=torch.rand(3, 70, 90) * 255)
+    assert compared[0].shape == (3, 70, 90)
+    with pytest.raises(ValueError, match="--size is missing"):
+        export(build(faster_rcnn), tmp_path / "a.ts", "torchscript")
+
+
+@needs_onnx
+def test_commands_and_examples_of_the_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    cfg = mask_rcnn_vit()
+    cfg.MODEL.DEVICE = "cpu"
+    Path("output/demo").mkdir(parents=True)
+    torch.save({"model": build_model(cfg).state_dict()}, "output/demo/model_final.pth")
+    Path("output/demo/config.yaml").write_text(cfg.dump())
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    commands = [line for kind, text in blocks if not kind for line in text.splitlines()]
+    assert len(commands) == 4
+    for command in commands:
+        name, *words = shlex.split(command)
+        assert name == "rev-det" and main(words) == 0
+    examples = [text for kind, text in blocks if kind == "py"]
+    assert len(examples) == 3
+    for example in examples:
+        exec(compile(example, "example", "exec"), {})
