@@ -128,6 +128,8 @@ class RevCheckpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, "last_checkpoint")
         with open(f"{path}.tmp", "w") as f:
             f.write(last_filename_basename)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(f"{path}.tmp", path)
 
     def _load(self, path: str, checkpointables: list[str] | None, mode: LoadMode) -> dict[str, Any]:

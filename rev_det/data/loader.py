@@ -100,7 +100,9 @@ class TrainLoader:
             # Otherwise it takes a number from torch's global generator, which a resumed run would not.
             generator=torch.Generator(),
         )
-        for batch in loader:
+        with _signals_held_back():
+            batches = iter(loader)
+        for batch in batches:
             self._batches += 1
             yield batch
 
@@ -240,6 +242,19 @@ def _seeded(seed: int, position: int) -> Iterator[None]:
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """While workers are started, which inherit it: they may take seconds to come to `_survive_signals`."""
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: they would not let them through again
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _survive_signals(worker_id: int) -> None:

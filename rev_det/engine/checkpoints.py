@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook
@@ -18,6 +18,9 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
 from .interruption import Interrupted
+
+if TYPE_CHECKING:
+    from ..checkpoint import RevCheckpointer
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +45,23 @@ class Checkpoints(HookBase):
         self._saved: tuple[int, str] | None = None  # iteration and file of the last checkpoint
 
     def before_train(self) -> None:
-        if comm.is_main_process():
-            # A process that was killed while it wrote leaves this behind.
-            for path in glob.glob(os.path.join(glob.escape(self._folder), "*.pth.tmp")):
-                os.unlink(path)
+        trainer = self.trainer
+        if not comm.is_main_process():
+            return
+        os.makedirs(self._folder, exist_ok=True)
+        # A process that was killed while it wrote leaves this behind.
+        for path in glob.glob(os.path.join(glob.escape(self._folder), "*.pth.tmp")):
+            os.unlink(path)
+        if trainer.start_iter >= trainer.max_iter and trainer.checkpointer.has_checkpoint():
+            last = trainer.checkpointer.get_checkpoint_file()
+            logger.info(
+                "%s is at iteration %d, SOLVER.MAX_ITER is %d: nothing is left to train",
+                last,
+                trainer.start_iter,
+                trainer.max_iter,
+            )
+            # Under a longer schedule it was not the end, and not saved as such.
+            _link_or_copy(last, self.final_file)
 
     def after_step(self) -> None:
         trainer = self.trainer
@@ -78,12 +94,8 @@ class Checkpoints(HookBase):
             checkpointer.save(name, iteration=iteration)
         # torch raises RuntimeError where its own code writes.
         except (OSError, RuntimeError) as error:
-            last = checkpointer.get_checkpoint_file() if checkpointer.has_checkpoint() else "none"
-            free = shutil.disk_usage(self._folder).free / 2**20
-            raise OSError(
-                f"{os.path.join(self._folder, name)}.pth cannot be written: {error}. {free:.0f} MiB are free "
-                f"there; the last checkpoint is {last}. Make room and go on with --resume"
-            ) from error
+            path = os.path.join(self._folder, f"{name}.pth")
+            raise unwritable(path, error, checkpointer) from error
 
     @property
     def final_file(self) -> str:
@@ -121,6 +133,7 @@ class Evaluation(EvalHook):
     def __init__(self, period: int, function: Any, checkpoints: Checkpoints, best_metric: str):
         self._checkpoints = checkpoints
         self._best_metric = best_metric
+        self._missing_metric_told = False
         self.best: dict[str, float] = {}
         self.latest: dict[str, float] = {}
 
@@ -135,7 +148,10 @@ class Evaluation(EvalHook):
         start = self.trainer.start_iter
         if 0 < start < self.trainer.max_iter and self._period > 0 and start % self._period == 0:
             logger.info("Evaluating the state after iteration %d before going on", start - 1)
+            # Its metrics belong to the iteration they would have come from.
+            self.trainer.storage.iter = start - 1
             self._evaluate(self.trainer.checkpointer.get_checkpoint_file(), start - 1)
+            self.trainer.storage.iter = start
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
@@ -158,6 +174,8 @@ class Evaluation(EvalHook):
     def _evaluate(self, checkpoint: str, iteration: int) -> None:
         """Evaluate the state after an iteration, which is saved in the file ``checkpoint``."""
         self.latest = {}
+        # Who is asked to stop ends here, and the others with it: the first process must have saved.
+        comm.synchronize()
         with self.trainer.stop_request.ending_at_once():
             self._do_eval()
         if comm.is_main_process():
@@ -165,6 +183,14 @@ class Evaluation(EvalHook):
 
     def _keep_if_best(self, checkpoint: str, iteration: int) -> None:
         names = [name for name in self.latest if f"/{name}".endswith(f"/{self._best_metric}")]
+        if self.latest and not names and not self._missing_metric_told:
+            self._missing_metric_told = True
+            logger.warning(
+                "TEST.BEST_METRIC is %r, which the evaluation did not give, so that none is kept as the best "
+                "checkpoint; there are %s",
+                self._best_metric,
+                ", ".join(name for name in self.latest if "/AP-" not in name),
+            )
         if not names or not self.latest[names[0]] > self.best.get("value", -math.inf):
             return
         value = self.latest[names[0]]
@@ -173,6 +199,20 @@ class Evaluation(EvalHook):
         if checkpoint != path:
             _link_or_copy(checkpoint, path)
         logger.info("%s %.3f is the best so far, its checkpoint is kept as %s", names[0], value, path)
+
+
+def unwritable(path: str, error: Exception, checkpointer: RevCheckpointer) -> OSError:
+    """The error that says what could not be written, how much room there is, and which state is left."""
+    if isinstance(error.__context__, OSError):
+        error = error.__context__  # of which torch makes an error of its own, that does not say so
+    folder = checkpointer.save_dir
+    if not os.path.isdir(folder):
+        return OSError(f"{path} cannot be written: OUTPUT_DIR, {folder}, is not there any more ({error})")
+    last = checkpointer.get_checkpoint_file() if checkpointer.has_checkpoint() else "none"
+    return OSError(
+        f"{path} cannot be written: {error}. {shutil.disk_usage(folder).free / 2**20:.0f} MiB are free in "
+        f"{folder}; the last checkpoint is {last}. Make room and go on with --resume"
+    )
 
 
 def _link_or_copy(source: str, path: str) -> None:

@@ -60,7 +60,7 @@ def check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def check_solver(cfg: CfgNode) -> None:
-    """Check the numbers of ``SOLVER`` that a training loop, or a schedule, would stumble over or misread.
+    """Check the numbers that a training loop, or a schedule, would stumble over or misread.
 
     Raises:
         ValueError: a number is out of range.
@@ -88,6 +88,13 @@ def check_solver(cfg: CfgNode) -> None:
     increase = all(map(is_whole, steps)) and all(a < b for a, b in itertools.pairwise((0, *steps)))
     if not increase:
         raise ValueError(f"SOLVER.STEPS is {steps!r}; it must be iterations, increasing, the first above 0")
+    _check_number("MODEL.REV.INVERSION_THRESHOLD", cfg.MODEL.REV.INVERSION_THRESHOLD, least=0)
+    check_count("MODEL.REV.INVERSION_PERIOD", cfg.MODEL.REV.INVERSION_PERIOD, minimum=0)
+    momentum = solver.MOMENTUM
+    if solver.OPTIMIZER == "SGD" and not (is_finite(momentum) and 0 <= momentum < 1):
+        raise ValueError(f"SOLVER.MOMENTUM must be a number of at least 0 and below 1, got {momentum!r}")
+    if solver.OPTIMIZER == "SGD" and solver.NESTEROV and momentum == 0:
+        raise ValueError("SOLVER.NESTEROV is True, which needs a SOLVER.MOMENTUM above 0, got 0")
     betas = solver.BETAS
     if len(betas) != 2 or not all(is_finite(beta) and 0 <= beta < 1 for beta in betas):
         raise ValueError(f"SOLVER.BETAS is {betas!r}; it must be two numbers of at least 0 and below 1")

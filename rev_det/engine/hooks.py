@@ -6,12 +6,17 @@ import logging
 import os
 import resource
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 from detectron2.data import detection_utils as utils
 from detectron2.engine import HookBase
 
+from .metrics import read_metrics
 from .pictures import draw_curves, draw_predictions
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
 
 logger = logging.getLogger(__name__)
 
@@ -19,22 +24,28 @@ logger = logging.getLogger(__name__)
 _RSS_UNITS_PER_MIB = 2**20 if sys.platform == "darwin" else 2**10
 
 
-def peak_memory_mib() -> float:
+def on_cuda(cfg: CfgNode) -> bool:
+    """Whether a run is on GPUs, which a machine may have and not be asked to use."""
+    return torch.device(cfg.MODEL.DEVICE).type == "cuda"
+
+
+def peak_memory_mib(cfg: CfgNode) -> float:
     """Peak memory of this process in MiB: what torch has allocated on CUDA, else resident memory."""
-    if torch.cuda.is_available():
+    if on_cuda(cfg):
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / _RSS_UNITS_PER_MIB
 
 
 class PeakMemory(HookBase):
-    """Puts the process's peak memory (MiB) in the progress line where there is no CUDA.
+    """Puts the process's peak memory (MiB) in the progress line of runs on the CPU.
 
-    Detectron2 prints the peak of the CUDA memory, and nothing on the CPU.
+    Detectron2 prints the peak of the CUDA memory alone.
     """
 
     def after_step(self) -> None:
-        if not torch.cuda.is_available():
-            self.trainer.storage.put_scalar("[metric]max_rss_mib", peak_memory_mib(), smoothing_hint=False)
+        cfg = self.trainer.cfg
+        if not on_cuda(cfg):
+            self.trainer.storage.put_scalar("[metric]max_rss_mib", peak_memory_mib(cfg), smoothing_hint=False)
 
 
 class Throughput(HookBase):
@@ -100,6 +111,9 @@ class Curves(HookBase):
         if self.trainer.iter < self.trainer.max_iter:
             return
         folder = self.trainer.cfg.OUTPUT_DIR
-        path = os.path.join(folder, "curves.png")
-        draw_curves(os.path.join(folder, "metrics.json"), path)
+        path, metrics = os.path.join(folder, "curves.png"), os.path.join(folder, "metrics.json")
+        # The writers of a subclass may be others.
+        if not read_metrics(metrics):
+            return
+        draw_curves(metrics, path)
         logger.info("Curves of losses, learning rate and AP: %s", path)

@@ -51,13 +51,18 @@ class StopRequest:
         """While there is nothing to save, do not wait for the end of a step.
 
         Raises:
-            Interrupted: when a signal comes, or has come.
+            Interrupted: when a signal comes, or has come. What else fails then does so because of it: worker
+                processes get the signal as well.
         """
         self._at_once = True
         try:
             if self.number is not None:
                 raise Interrupted(self.number)
             yield
+        except Exception:
+            if self.number is None:
+                raise
+            raise Interrupted(self.number) from None
         finally:
             self._at_once = False
 
@@ -76,12 +81,19 @@ def passing_on_to_children() -> Iterator[StopRequest]:
 
     Yields:
         what remembers the signal.
+
+    Raises:
+        Interrupted: when a signal comes and there is no process.
     """
     stop = StopRequest()
 
     def forward(number: int, frame: object) -> None:
         stop.number = number
-        for child in multiprocessing.active_children():
+        children = multiprocessing.active_children()
+        if not children:
+            # Those that are yet to be started would not hear of it.
+            raise Interrupted(number)
+        for child in children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.pid, number)
 

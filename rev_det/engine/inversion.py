@@ -33,12 +33,12 @@ class InversionCheck(HookBase):
         self._errors: dict[str, Tensor] = {}
 
     def before_step(self) -> None:
-        if self._period > 0 and (self.trainer.iter + 1) % self._period == 0:
+        if self._is_due():
             for backbone in self._backbones():
                 backbone.observer = self._observe
 
     def after_step(self) -> None:
-        if not self._errors:
+        if not self._is_due():
             return
         for backbone in self._backbones():
             backbone.observer = None
@@ -57,6 +57,9 @@ class InversionCheck(HookBase):
                     error,
                     self._threshold,
                 )
+
+    def _is_due(self) -> bool:
+        return self._period > 0 and (self.trainer.iter + 1) % self._period == 0
 
     def _backbones(self) -> list[ReversibleBackbone]:
         return [m for m in self.trainer.model.modules() if isinstance(m, ReversibleBackbone)]

@@ -14,8 +14,11 @@ def read_metrics(path: str) -> list[dict[str, float]]:
     line of a run that was killed may be incomplete; it is left out.
 
     Args:
-        path: a file as Detectron2's ``JSONWriter`` makes it, one JSON object per line.
+        path: a file as Detectron2's ``JSONWriter`` makes it, one JSON object per line; there are no records
+            in one that does not exist.
     """
+    if not os.path.isfile(path):
+        return []
     records: dict[int, dict[str, float]] = {}
     with open(path, encoding="utf-8") as file:
         for line in file:

@@ -57,7 +57,8 @@ def rescale_schedule(cfg: CfgNode, fixed: Collection[str] = ()) -> dict[str, tup
     factor = batch / reference
     if factor == 1:
         return {}
-    new: dict[str, Any] = {"SOLVER.BASE_LR": solver.BASE_LR * _LR_SCALING[solver.LR_SCALING](factor)}
+    rate = _LR_SCALING[solver.LR_SCALING](factor)
+    new: dict[str, Any] = {key: _get(cfg, key) * rate for key in ("SOLVER.BASE_LR", "SOLVER.BASE_LR_END")}
     for key in _ITERATIONS:
         value = _get(cfg, key)
         new[key] = (
@@ -78,8 +79,8 @@ def rescale_schedule(cfg: CfgNode, fixed: Collection[str] = ()) -> dict[str, tup
 
 
 def _stretch(iterations: int, factor: float) -> int:
-    """0 stays 0: it means never."""
-    return max(1, round(iterations / factor)) if iterations else 0
+    """0, and for Detectron2 what is below it, means never."""
+    return max(1, round(iterations / factor)) if iterations > 0 else iterations
 
 
 def _get(cfg: CfgNode, key: str) -> Any:

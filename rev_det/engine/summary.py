@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from .. import __version__
 from .amp import Precision
 from .checkpoints import BEST, Evaluation
-from .hooks import peak_memory_mib
+from .hooks import on_cuda, peak_memory_mib
 from .metrics import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -44,12 +44,12 @@ class Summary(HookBase):
         # Also called when training failed.
         if self.trainer.iter < self.trainer.max_iter:
             return
-        peaks = comm.gather(round(peak_memory_mib(), 1))
+        peaks = comm.gather(round(peak_memory_mib(self.trainer.cfg), 1))
         if not comm.is_main_process():
             return
         path = os.path.join(self.trainer.cfg.OUTPUT_DIR, "summary.json")
         with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-            json.dump(self._collect(peaks), file, indent=1)
+            json.dump(self._collect(peaks), file, indent=1, allow_nan=False)
         os.replace(f"{path}.tmp", path)
         logger.info("Summary of the run: %s", path)
 
@@ -68,10 +68,10 @@ class Summary(HookBase):
             "seconds_since_start_or_resume": round(time.perf_counter() - self._start, 1),
             "images_per_s_median": _median(records, "[metric]images_per_s"),
             "peak_memory_mib_by_process": peaks,
-            "peak_memory_is": "allocated on CUDA" if torch.cuda.is_available() else "resident",
+            "peak_memory_is": "allocated on CUDA" if on_cuda(cfg) else "resident",
             "last_losses": {name: _last(records, name) for name in sorted(names) if "loss" in name},
-            "largest_inversion_error": max(
-                (r[name] for r in records for name in r if name.startswith("inversion_error/")), default=None
+            "largest_inversion_error": _largest(
+                [r[name] for r in records for name in r if name.startswith("inversion_error/")]
             ),
             "metrics": {name: _or_none(value) for name, value in self._evaluation.latest.items()},
             "best": {**self._evaluation.best, "file": f"{BEST}.pth"} if self._evaluation.best else None,
@@ -82,13 +82,19 @@ class Summary(HookBase):
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+            "device": torch.cuda.get_device_name() if on_cuda(cfg) else platform.machine(),
         }
 
 
 def _or_none(value: float) -> float | None:
     """JSON has no NaN, which is the AP of classes without instances."""
-    return None if math.isnan(value) else value
+    return value if math.isfinite(value) else None
+
+
+def _largest(errors: list[float]) -> float | str | None:
+    """The largest, of which NaN is the worst; as text where JSON has no number."""
+    worst = max(errors, key=lambda error: (math.isnan(error), error), default=None)
+    return worst if worst is None or math.isfinite(worst) else str(worst)
 
 
 def _last(records: list[dict[str, float]], name: str) -> float | None:

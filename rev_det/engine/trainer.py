@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -20,9 +22,9 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from ..checkpoint import RevCheckpointer
-from ..data import RevCOCOEvaluator, RevDatasetMapper, build_train_loader
+from ..data import RevCOCOEvaluator, RevDatasetMapper, TrainLoader, build_train_loader
 from .amp import Precision
-from .checkpoints import Checkpoints, Evaluation
+from .checkpoints import Checkpoints, Evaluation, unwritable
 from .evaluation import evaluate_with_augmentation, evaluating
 from .hooks import Curves, PeakMemory, Predictions, Throughput
 from .interruption import StopRequest
@@ -68,6 +70,13 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
+        if not isinstance(data_loader, TrainLoader):
+            logger.warning(
+                "build_train_loader returned a %s: a resumed run will begin its data anew, and each batch of "
+                "all processes must hold SOLVER.IMS_PER_BATCH / SOLVER.ACCUMULATE = %d images",
+                type(data_loader).__name__,
+                cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE,
+            )
         model = wrap_model(model, cfg)
         self.stop_request = StopRequest()
         self._trainer = TrainStep(
@@ -99,6 +108,56 @@ class Trainer(DefaultTrainer):
         """The signal that asked for it, if it was sent to this process."""
         return self.stop_request.number or signal.SIGTERM
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load the last checkpoint in ``OUTPUT_DIR`` and all that belongs to it, or else ``MODEL.WEIGHTS``.
+
+        Args:
+            resume: prefer the last checkpoint, if there is one.
+
+        Raises:
+            ValueError: the processes have found different checkpoints.
+        """
+        if not resume and self.checkpointer.has_checkpoint():
+            logger.warning(
+                "%s is the last checkpoint of an earlier run in OUTPUT_DIR; without --resume this run starts "
+                "anew, and it is what --resume would continue until this run has saved one of its own",
+                self.checkpointer.get_checkpoint_file(),
+            )
+        super().resume_or_load(resume)
+        starts = comm.all_gather(self.start_iter)
+        if len(set(starts)) > 1:
+            raise ValueError(
+                f"the processes would resume at iterations {', '.join(map(str, starts))}: OUTPUT_DIR, "
+                f"{self.cfg.OUTPUT_DIR}, must be the same folder on all machines, on a disk that they share"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "images_per_step": self.cfg.SOLVER.IMS_PER_BATCH}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        configured = self._learning_rates()
+        super().load_state_dict(state_dict)
+        images = self.cfg.SOLVER.IMS_PER_BATCH
+        if (before := state_dict.get("images_per_step", images)) != images:
+            logger.warning(
+                "The run that is resumed took %d images per step, and SOLVER.IMS_PER_BATCH is %d: iterations "
+                "are counted on from %d, on the schedule of this config",
+                before,
+                images,
+                self.iter + 1,
+            )
+        if (restored := self._learning_rates()) != configured:
+            logger.warning(
+                "The learning rates of the run that is resumed, at most %g, are kept, and not those of this "
+                "config, at most %g: for these start a new run, with its weights as MODEL.WEIGHTS",
+                max(restored),
+                max(configured),
+            )
+
+    def _learning_rates(self) -> list[float]:
+        """Of each group of parameters, before the schedule changes them."""
+        return [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
+
     def train(self) -> Any:
         """Train from ``start_iter`` to ``max_iter``.
 
@@ -109,9 +168,23 @@ class Trainer(DefaultTrainer):
             Interrupted: SIGTERM or SIGUSR1 came; the state is saved, to be resumed.
             NonFiniteError: a loss or gradient is infinite or NaN; the state before it is saved, and what led
                 to it is described in ``non_finite.json``.
+            OSError: something cannot be written, for instance because the disk is full.
         """
-        with self.stop_request.listening():
-            return super().train()
+        # Hooks of a subclass may be others: who cannot stop in order must not be deaf to being stopped.
+        can_stop = any(isinstance(hook, Checkpoints) for hook in self._hooks)
+        try:
+            with self.stop_request.listening() if can_stop else contextlib.nullcontext():
+                return super().train()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            path = error.filename2 or error.filename or f"a file in {self.cfg.OUTPUT_DIR}"
+            raise unwritable(path, error, self.checkpointer) from error
+
+    def after_train(self) -> None:
+        # Of a run that is resumed at its end, Detectron2 counts an iteration more than there were.
+        self.iter = min(self.iter, self.max_iter)
+        super().after_train()
 
     def run_step(self) -> None:
         try:
@@ -157,15 +230,21 @@ class Trainer(DefaultTrainer):
     def _save_last_good(self, error: NonFiniteError) -> str:
         """Save what is known of a failed step, and the state before it; say where."""
         report = os.path.join(self.cfg.OUTPUT_DIR, "non_finite.json")
-        if comm.is_main_process():
-            with open(report, "w", encoding="utf-8") as file:
-                json.dump(error.report, file, indent=1)
         failed = self.iter
         self.iter -= 1
         try:
+            if comm.is_main_process():
+                with open(f"{report}.tmp", "w", encoding="utf-8") as file:
+                    json.dump(error.report, file, indent=1)
+                os.replace(f"{report}.tmp", report)
             self.checkpointer.save("model_last_good", iteration=self.iter)
+        # torch raises RuntimeError where its own code writes.
+        except (OSError, RuntimeError) as problem:
+            return str(unwritable("the state before it", problem, self.checkpointer))
         finally:
             self.iter = failed
+            # The first to end takes the others with it, which must not be the one that writes.
+            comm.synchronize()
         return f"Losses and images of the step are in {report}; --resume repeats it from model_last_good.pth"
 
     @classmethod

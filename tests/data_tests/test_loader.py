@@ -387,3 +387,20 @@ class TestSignals:
         os.kill(process.pid, signal.SIGTERM)
         process.join(timeout=10)
         assert process.exitcode == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="needs signals of POSIX.1-2001")
+def test_workers_are_born_deaf_to_signals_and_this_process_hears_again(cfg, monkeypatch):
+    # Started as new programs, as in runs of several processes, they take seconds to come to our code.
+    born = []
+    start = multiprocessing.Process.start
+
+    def watched(process):
+        born.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", watched)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    next(iter(build(cfg, "DATALOADER.NUM_WORKERS", 1)))
+    assert len(born) == 1 and {signal.SIGTERM, signal.SIGUSR1} <= born[0]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before

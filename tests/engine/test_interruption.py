@@ -13,7 +13,7 @@ from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 
 from rev_det.engine import Trainer, argument_parser, load_config
-from rev_det.engine.interruption import Interrupted, StopRequest
+from rev_det.engine.interruption import Interrupted, StopRequest, passing_on_to_children
 from rev_det.engine.train_step import NonFiniteError
 
 # Drop path, flips and sampled RoIs: what is drawn at random must be drawn again.
@@ -119,6 +119,17 @@ def test_while_nothing_has_to_be_saved_a_signal_ends_at_once():
         pytest.fail("went on")
 
 
+def test_what_fails_after_a_signal_has_ended_an_evaluation_does_not_hide_it():
+    stop = StopRequest()
+    with stop.listening(), pytest.raises(Interrupted), stop.ending_at_once():
+        try:
+            send(signal.SIGTERM)()
+        finally:
+            raise RuntimeError("DataLoader worker is killed by signal: Terminated")
+    with pytest.raises(RuntimeError, match="of its own"), StopRequest().ending_at_once():
+        raise RuntimeError("of its own")
+
+
 def test_other_threads_train_without_handling_signals(trainer):
     run = trainer("SOLVER.MAX_ITER", "1")
     thread = threading.Thread(target=run.train)
@@ -141,16 +152,15 @@ def test_a_signal_in_an_evaluation_costs_nothing_and_the_evaluation_is_done_on_r
     assert (tmp_path / "output/last_checkpoint").read_text() == "model_0000002.pth"
     trainer(*opts, resume=True).train()
     assert_equal(parameters(tmp_path / "output/model_final.pth"), parameters(whole / "model_final.pth"))
-    results = [
-        [record["bbox/AP"] for record in read(folder / "metrics.json") if "bbox/AP" in record]
-        for folder in (whole, tmp_path / "output")
-    ]
-    assert len(results[0]) == 2
+    results = [average_precisions(folder) for folder in (whole, tmp_path / "output")]
+    assert [iteration for iteration, _ in results[0]] == [2, 6]
     np.testing.assert_array_equal(*results)
 
 
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def average_precisions(folder: Path) -> list[tuple[int, float]]:
+    """Iteration and box AP of every evaluation."""
+    records = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return [(record["iteration"], record["bbox/AP"]) for record in records if "bbox/AP" in record]
 
 
 def test_a_loss_that_is_not_finite_leaves_a_report_and_the_state_before_it(trainer, tmp_path):
@@ -231,7 +241,8 @@ def test_a_disk_that_is_full_is_told_and_the_last_checkpoint_stays(trainer, tmp_
         if data["iteration"] < 3:
             return save(data, file)
         file.write(b"half")
-        raise OSError(28, "No space left on device")
+        with open("/dev/full", "wb") as full:
+            save(data, full)
 
     monkeypatch.setattr(torch, "save", fail_later)
     with pytest.raises(OSError, match=r"model_0000003.pth .*No space left.* free.*model_0000001.pth"):
@@ -240,3 +251,132 @@ def test_a_disk_that_is_full_is_told_and_the_last_checkpoint_stays(trainer, tmp_
     assert (tmp_path / "output/last_checkpoint").read_text() == "model_0000001.pth"
     assert not list((tmp_path / "output").glob("*.tmp"))
     assert trainer(*opts, resume=True).start_iter == 2
+
+
+@pytest.mark.parametrize("write", ["metrics.json", "model_best.pth"])
+def test_a_disk_that_is_full_when_anything_else_is_written_is_told_as_well(
+    trainer, tmp_path, monkeypatch, write
+):
+    monkeypatch.setattr(Trainer, "test", lambda *args: {"bbox": {"AP": 30.0}})
+    monkeypatch.setattr("rev_det.engine.hooks.Predictions._draw", lambda self: None)
+    opts = ("DATASETS.TEST", "('tiny',)", "TEST.EVAL_PERIOD", "3")
+    run = trainer(*opts)
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    if write == "model_best.pth":
+        monkeypatch.setattr("os.link", fail)
+        monkeypatch.setattr("shutil.copyfile", fail)
+    else:
+        monkeypatch.setattr("detectron2.utils.events.JSONWriter.write", fail)
+    with pytest.raises(OSError, match=r"cannot be written: .*No space left.* last checkpoint is .*/model_"):
+        run.train()
+    monkeypatch.undo()
+    assert trainer(*opts, resume=True).start_iter >= 3
+
+
+def test_a_state_before_a_failed_step_that_cannot_be_saved_does_not_hide_the_failure(trainer, monkeypatch):
+    run = trainer()
+    ruin = At(
+        2, lambda: run.model.roi_heads.box_predictor.cls_score.weight.register_hook(lambda g: g * np.nan)
+    )
+    run.register_hooks([ruin])
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(NonFiniteError, match=r"iteration 3: .*images/.* cannot be written: .*No space left"):
+        run.train()
+
+
+def test_no_process_ends_before_the_first_has_saved(trainer, tmp_path, monkeypatch):
+    # The one that ends takes the others with it, even in the middle of writing.
+    output, seen = tmp_path / "output", []
+    monkeypatch.setattr(
+        "detectron2.utils.comm.synchronize",
+        lambda: seen.append(sorted(path.name for path in output.glob("*.pth"))),
+    )
+    monkeypatch.setattr(Trainer, "test", lambda *args: send(signal.SIGTERM)())
+    with pytest.raises(Interrupted):
+        trainer("DATASETS.TEST", "('tiny',)", "TEST.EVAL_PERIOD", "3").train()
+    assert seen == [["model_0000002.pth"]]
+    resumed = trainer("SOLVER.CHECKPOINT_PERIOD", "9", resume=True)
+    resumed.model.roi_heads.box_predictor.cls_score.weight.register_hook(lambda g: g * np.nan)
+    with pytest.raises(NonFiniteError):
+        resumed.train()
+    assert seen[1:] == [["model_0000002.pth", "model_last_good.pth"]]
+
+
+def test_a_run_that_is_resumed_at_its_end_is_evaluated_and_no_iteration_is_added(trainer, tmp_path):
+    opts = ("DATASETS.TEST", "('tiny',)")
+    trainer(*opts).train()
+    output = tmp_path / "output"
+    first = json.loads((output / "summary.json").read_text())
+    trainer(*opts, resume=True).train()
+    results = average_precisions(output)
+    assert results[0][0] == 6
+    np.testing.assert_array_equal(results[0], results[1])
+    second = json.loads((output / "summary.json").read_text())
+    assert second["best"] == first["best"] and second["last_losses"] == first["last_losses"]
+
+
+def test_a_run_that_is_resumed_beyond_a_shorter_schedule_ends_with_its_last_state(trainer, tmp_path):
+    with pytest.raises(SystemExit):
+        trainer(at=2, action=send(signal.SIGTERM)).train()
+    opts = ("SOLVER.MAX_ITER", "2", "DATASETS.TEST", "('tiny',)")
+    trainer(*opts, resume=True).train()
+    final = torch.load(tmp_path / "output/model_final.pth", weights_only=True)
+    assert final["iteration"] == 3
+    assert_equal(final["model"], parameters(tmp_path / "output/model_0000003.pth"))
+
+
+def test_a_run_that_is_resumed_with_other_batches_or_rates_says_what_is_kept(trainer, caplog):
+    with pytest.raises(SystemExit):
+        trainer(at=2, action=send(signal.SIGTERM)).train()
+    caplog.clear()
+    trainer(resume=True)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    # Rescaled, the learning rate is another one.
+    opts = ("SOLVER.REFERENCE_IMS_PER_BATCH", "2", "SOLVER.IMS_PER_BATCH", "4", "SOLVER.ACCUMULATE", "2")
+    resumed = trainer(*opts, resume=True)
+    assert (
+        "took 2 images per step, and SOLVER.IMS_PER_BATCH is 4: iterations are counted on from 4"
+        in caplog.text
+    )
+    assert "at most 0.0015, are kept, and not those of this config, at most 0.00212132" in caplog.text
+    assert {group["initial_lr"] for group in resumed.optimizer.param_groups} == {0.0015}
+
+
+def test_processes_that_find_different_checkpoints_do_not_train(trainer, monkeypatch):
+    monkeypatch.setattr("detectron2.utils.comm.all_gather", lambda start: [4, start])
+    with pytest.raises(ValueError, match="resume at iterations 4, 0: OUTPUT_DIR, .*output, must be the same"):
+        trainer(resume=True)
+
+
+def test_a_new_run_in_the_folder_of_an_earlier_one_says_so(trainer, caplog):
+    with pytest.raises(SystemExit):
+        trainer(at=2, action=send(signal.SIGTERM)).train()
+    assert "earlier run" not in caplog.text
+    assert trainer().start_iter == 0
+    assert "model_0000003.pth is the last checkpoint of an earlier run in OUTPUT_DIR" in caplog.text
+
+
+def test_a_best_metric_that_is_not_measured_is_told_once_with_those_that_are(
+    trainer, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(Trainer, "test", lambda *args: {"bbox": {"AP": 30.0, "AP-cat": 1.0, "AP50": 2.0}})
+    monkeypatch.setattr("rev_det.engine.hooks.Predictions._draw", lambda self: None)
+    opts = ("DATASETS.TEST", "('tiny',)", "TEST.EVAL_PERIOD", "2", "TEST.BEST_METRIC", "segm/AP")
+    trainer(*opts).train()
+    (message,) = [record.getMessage() for record in caplog.records if "BEST_METRIC" in record.getMessage()]
+    assert "TEST.BEST_METRIC is 'segm/AP'" in message and message.endswith("there are bbox/AP, bbox/AP50")
+    assert not (tmp_path / "output/model_best.pth").exists()
+
+
+def test_a_signal_before_there_are_processes_to_pass_it_on_to_ends_the_run():
+    with pytest.raises(Interrupted) as ended, passing_on_to_children():
+        send(signal.SIGUSR1)()
+        pytest.fail("went on")
+    assert ended.value.code == 128 + signal.SIGUSR1

@@ -117,3 +117,17 @@ def test_the_error_is_in_metrics_and_summary(tiny_run, nano_mvit, tmp_path):
     assert summary["largest_inversion_error"] == max(errors)
     assert summary["iterations"] == 2 and summary["images_per_step"] == 2
     assert len(summary["peak_memory_mib_by_process"]) == 1
+
+
+@pytest.mark.parametrize("error, text", [(float("inf"), "inf"), (float("nan"), "nan")])
+def test_a_run_that_cannot_be_inverted_has_a_summary_in_strict_json(
+    tiny_run, nano_mvit, tmp_path, monkeypatch, error, text
+):
+    monkeypatch.setattr(
+        "rev_det.engine.inversion.invert_blocks", lambda blocks, x1, x2, *args, **kwargs: (x1 * error, x2)
+    )
+    trainer = make_trainer(tiny_run(nano_mvit, "DATASETS.TEST", "()", "MODEL.REV.INVERSION_PERIOD", "1"))
+    trainer.resume_or_load()
+    trainer.train()
+    content = (tmp_path / "output/summary.json").read_text()
+    assert json.loads(content, parse_constant=pytest.fail)["largest_inversion_error"] == text

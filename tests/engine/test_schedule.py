@@ -57,9 +57,34 @@ def test_without_a_reference_and_at_the_reference_nothing_changes(cfg):
 
 
 def test_never_stays_never_and_short_schedules_keep_an_iteration(cfg):
-    cfg.SOLVER.IMS_PER_BATCH, cfg.TEST.EVAL_PERIOD, cfg.SOLVER.WARMUP_ITERS = 6400, 0, 3
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.WARMUP_ITERS = 6400, 3
+    before = cfg.clone()
+    # For Detectron2, whatever is below 1.
+    for never in (0, -1):
+        cfg = before.clone()
+        cfg.TEST.EVAL_PERIOD = never
+        rescale_schedule(cfg)
+        assert (cfg.TEST.EVAL_PERIOD, cfg.SOLVER.WARMUP_ITERS) == (never, 1)
+
+
+def test_the_rate_at_the_end_follows_the_rate_at_the_beginning(cfg):
+    cfg.SOLVER.BASE_LR_END = 1.6e-5
     rescale_schedule(cfg)
-    assert (cfg.TEST.EVAL_PERIOD, cfg.SOLVER.WARMUP_ITERS) == (0, 1)
+    assert cfg.SOLVER.BASE_LR_END / cfg.SOLVER.BASE_LR == pytest.approx(0.1)
+
+
+def test_a_config_that_a_run_has_written_gives_the_same_run(nano_mvit, tiny_dataset, tmp_path):
+    opts = ["DATASETS.TRAIN", "('tiny',)", "DATASETS.TEST", "()", "MODEL.DEVICE", "cpu"]
+    recipe = nano_mvit.replace("_fpn.yaml", "_fpn_3x.yaml")
+    rescaled = ["SOLVER.IMS_PER_BATCH", "16", "SOLVER.STEPS", "(50,)"]
+    first = load_config(recipe, [*opts, *rescaled], [tiny_dataset])
+    assert first.SOLVER.MAX_ITER == 240 and first.SOLVER.STEPS == (50,)
+    written = tmp_path / "config.yaml"
+    written.write_text(first.dump())
+    # Also with the batch size named once more, and as the basis of another one.
+    for again in ([], ["SOLVER.IMS_PER_BATCH", "16"]):
+        assert load_config(str(written), again).SOLVER == first.SOLVER
+    assert load_config(str(written), ["SOLVER.IMS_PER_BATCH", "32"]).SOLVER.MAX_ITER == 120
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 """Training, evaluation and resuming, through the same function as the command."""
 
 import json
+from signal import SIGTERM, getsignal
 
 import pytest
 import torch
+from detectron2.data import build_detection_train_loader
+from detectron2.engine import DefaultTrainer
+from detectron2.engine.hooks import CallbackHook
 from detectron2.utils.events import EventStorage
 
 from rev_det.engine import Trainer, argument_parser, load_config, main, run
@@ -76,6 +80,50 @@ def test_resuming_restores_weights_optimizer_schedule_and_iteration(tiny_run, na
     assert all(torch.equal(a, b["exp_avg_sq"]) for a, b in zip(moments, stored, strict=True))
     trainer.train()
     assert torch.load(tmp_path / "output/model_final.pth", weights_only=False)["iteration"] == 3
+
+
+class OfDetectron2(Trainer):
+    """A user's trainer whose parts are Detectron2's own."""
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_detection_train_loader(cfg, total_batch_size=cfg.SOLVER.IMS_PER_BATCH)
+
+    def build_hooks(self):
+        return DefaultTrainer.build_hooks(self)
+
+
+def test_a_trainer_with_hooks_and_data_of_detectron2_trains_evaluates_and_resumes(
+    tiny_run, nano_mvit, tmp_path, caplog
+):
+    # PreciseBN, for which Detectron2 builds a second loader.
+    opts = ("TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "1", "MODEL.FPN.NORM", "BN")
+    cfg, _ = parsed(tiny_run(nano_mvit, *opts))
+    trainer = OfDetectron2(cfg)
+    assert "build_train_loader returned a " in caplog.text
+    handlers = []
+    trainer.register_hooks([CallbackHook(after_step=lambda _: handlers.append(getsignal(SIGTERM)))])
+    trainer.train()
+    # Without this project's hook that saves and stops, a signal does what it always does.
+    assert handlers == [getsignal(SIGTERM)] * 2
+    assert "bbox/AP" in (tmp_path / "output/metrics.json").read_text()
+    cfg, _ = parsed(tiny_run(nano_mvit, *opts, "SOLVER.MAX_ITER", "3"))
+    resumed = OfDetectron2(cfg)
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 2
+    resumed.train()
+    assert torch.load(tmp_path / "output/model_final.pth", weights_only=True)["iteration"] == 2
+
+
+def test_writers_of_a_subclass_need_not_write_metrics_json(tiny_run, nano_mvit, tmp_path):
+    class Quiet(Trainer):
+        def build_writers(self):
+            return []
+
+    cfg, _ = parsed(tiny_run(nano_mvit, "DATASETS.TEST", "()"))
+    Quiet(cfg).train()
+    assert json.loads((tmp_path / "output/summary.json").read_text())["last_losses"] == {}
+    assert not (tmp_path / "output/curves.png").exists()
 
 
 def test_without_resume_a_run_starts_anew_in_the_same_folder(tiny_run, nano_mvit, tmp_path):
