@@ -1,7 +1,10 @@
 """The Python examples of the README and the docs run as they stand, and what the pages point to exists."""
 
 import itertools
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +101,18 @@ def test_broken_links_and_missing_files_are_found(tmp_path):
     assert list(broken_links(page)) == ["gone.md#here", "other.md#gone"]
     missing = ["rev_det/gone.py", "configs/gone.yaml", "mask_rcnn_baseline_vit_xx_fpn_3x.yaml"]
     assert list(missing_files(page)) == missing
+
+
+def test_the_site_builds_without_warnings_and_needs_no_other_host(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    pages = list((tmp_path / "site").glob("**/index.html"))
+    assert len(pages) >= 10
+    for page in pages:
+        loaded = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"(https?:[^\"]+)\"", page.read_text())
+        assert not [address for address in loaded if "canonical" not in address], page
+    assert "ReversibleSequence" in (tmp_path / "site/api/index.html").read_text()
