@@ -1,9 +1,11 @@
-"""Shared fixtures: the gpu marker, the reference data beside the checkout."""
+"""Shared fixtures: the gpu marker, the reference data beside the checkout, loggers as they were."""
 
+import logging
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.utils.logger import setup_logger
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -22,3 +24,15 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no folder ../shared with reference data")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def restored_loggers():
+    """Detectron2 sets up its loggers for the whole process, with the streams and files of the first run."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "rev_det")]
+    saved = [(list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, saved, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+    setup_logger.cache_clear()

@@ -65,7 +65,8 @@ def test_the_wheel_holds_every_module_and_every_config(wheel, source):
     modules = {str(p.relative_to(source)) for p in (source / "rev_det").rglob("*.py")}
     configs = {f"rev_det/{p.relative_to(source)}" for p in (source / "configs").rglob("*.yaml")}
     assert "rev_det/configs/Base-RCNN-Rev-FPN.yaml" in configs
-    assert packed == modules | configs
+    page = {"rev_det/report/page.html", "rev_det/report/page.css"}
+    assert packed == modules | configs | page
 
 
 def test_the_wheel_has_the_version_of_the_package_and_the_license(wheel):

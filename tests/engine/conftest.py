@@ -1,10 +1,8 @@
-"""A small generated dataset, and loggers that do not outlive a test."""
+"""A small generated dataset."""
 
-import logging
 from pathlib import Path
 
 import pytest
-from detectron2.utils.logger import setup_logger
 
 from rev_det.data import generate_shapes
 
@@ -53,15 +51,3 @@ def tiny_run(tiny_dataset, tmp_path):
         return ["--config-file", config, "--dataset", tiny_dataset, *options, *words]
 
     return arguments
-
-
-@pytest.fixture(autouse=True)
-def restored_loggers():
-    """Detectron2 sets up its loggers for the whole process, with the streams and files of the first run."""
-    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "rev_det")]
-    saved = [(list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
-    yield
-    for logger, (handlers, propagate, level) in zip(loggers, saved, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
-    setup_logger.cache_clear()
