@@ -147,7 +147,9 @@ def test_a_new_environment_gets_torch_with_torchvision_then_rev_det_then_detectr
     setup_env.set_up(env)
     torch, package, detectron2 = env.commands
     assert torch == "install torch>=2.6 torchvision>=0.21"
-    assert package == f"REV_DET_OPENCV=opencv-python install --editable {ROOT}[dev,baselines,eval]"
+    assert (
+        package == f"REV_DET_OPENCV=opencv-python install --editable {ROOT}[dev,baselines,eval,export,docs]"
+    )
     assert "--no-deps" in detectron2 and "--require-hashes" in detectron2 and "--target /site" in detectron2
     assert env.kept[0] == ["setuptools<81"]
 

@@ -274,7 +274,9 @@ def install_package(env: Environment, requirements: list[str]) -> None:
 def install_editable(env: Environment, requirements: list[str], opencv: str) -> None:
     bounds = [re.sub("^opencv-python(?=>)", opencv, r) for r in requirements]
     keep = constraints(env.probe().installed, bounds)
-    env.pip("install", "--editable", f"{ROOT}[dev,baselines,eval]", keep=keep, REV_DET_OPENCV=opencv)
+    env.pip(
+        "install", "--editable", f"{ROOT}[dev,baselines,eval,export,docs]", keep=keep, REV_DET_OPENCV=opencv
+    )
 
 
 def install_detectron2(env: Environment) -> None:

@@ -74,7 +74,8 @@ def class_names(dataset_names: Sequence[str]) -> list[str]:
         if classes != lists[first]:
             raise ValueError(
                 f"datasets '{first}' and '{name}' have different classes: {_listed(lists[first])} against "
-                f"{_listed(classes)}; DATASETS.TRAIN and DATASETS.TEST must share one list of categories"
+                f"{_listed(classes)}; DATASETS.TRAIN and DATASETS.TEST must share one list of categories. "
+                "Set both on the command line: what is not set there are the sets of the config"
             )
     return list(lists[first])
 

@@ -28,6 +28,8 @@ from .trainer import Trainer
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
+logger = logging.getLogger(__name__)
+
 # What a user can mend: told in one line, without a traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 _USER_ERROR_CODE = 2
@@ -126,6 +128,8 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="rev_det", configure_stdout=not shown)
     if not args.eval_only:
         trainer = Trainer(cfg)
+        if args.resume and not trainer.checkpointer.has_checkpoint():
+            logger.warning("--resume: no checkpoint in %s, so training starts at iteration 0", cfg.OUTPUT_DIR)
         trainer.resume_or_load(resume=args.resume)
         trainer.train()
         return {}

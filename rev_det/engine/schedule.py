@@ -22,7 +22,8 @@ def rescale_schedule(cfg: CfgNode, fixed: Collection[str] = ()) -> dict[str, tup
     """Fit the learning rate and the schedule of a config to its batch size (in place).
 
     They are written for ``SOLVER.REFERENCE_IMS_PER_BATCH`` images per step, and ``SOLVER.IMS_PER_BATCH`` are
-    trained on. The learning rate changes by the square root of their ratio (which suits AdamW), by the ratio
+    trained on. With ``SOLVER.MAX_ITER`` among ``fixed`` the iterations are somebody's own, and none is
+    stretched. The learning rate changes by the square root of their ratio (which suits AdamW), by the ratio
     itself or not at all, as ``SOLVER.LR_SCALING`` says; iterations are stretched, so that as many images are
     seen as before. Afterwards the reference is the batch size itself: a config is not rescaled twice.
 
@@ -59,7 +60,7 @@ def rescale_schedule(cfg: CfgNode, fixed: Collection[str] = ()) -> dict[str, tup
         return {}
     rate = _LR_SCALING[solver.LR_SCALING](factor)
     new: dict[str, Any] = {key: _get(cfg, key) * rate for key in ("SOLVER.BASE_LR", "SOLVER.BASE_LR_END")}
-    for key in _ITERATIONS:
+    for key in () if "SOLVER.MAX_ITER" in fixed else _ITERATIONS:
         value = _get(cfg, key)
         new[key] = (
             tuple(_stretch(v, factor) for v in value) if key.endswith("STEPS") else _stretch(value, factor)
@@ -76,6 +77,23 @@ def rescale_schedule(cfg: CfgNode, fixed: Collection[str] = ()) -> dict[str, tup
             ", ".join(f"{key} {_text(before)} -> {_text(after)}" for key, (before, after) in changes.items()),
         )
     return changes
+
+
+def warn_of_long_warmup(cfg: CfgNode) -> None:
+    """Say so if the learning rate is still rising when it should fall, or when training ends."""
+    solver = cfg.SOLVER
+    ends = [("MAX_ITER", solver.MAX_ITER), *(("STEPS", step) for step in solver.STEPS[:1])]
+    if "MultiStep" not in solver.LR_SCHEDULER_NAME:
+        ends = ends[:1]
+    name, end = min(ends, key=lambda pair: pair[1])
+    if solver.WARMUP_ITERS >= end:
+        logger.warning(
+            "SOLVER.WARMUP_ITERS is %d, not below SOLVER.%s %d: the learning rate will not reach "
+            "SOLVER.BASE_LR. Set a shorter warm-up",
+            solver.WARMUP_ITERS,
+            name,
+            end,
+        )
 
 
 def _stretch(iterations: int, factor: float) -> int:

@@ -36,7 +36,7 @@ from .checks import (
 )
 from .evaluation import check_test_augmentation
 from .optimizer import build_gradient_clipper, build_optimizer
-from .schedule import rescale_schedule
+from .schedule import rescale_schedule, warn_of_long_warmup
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -99,6 +99,8 @@ def load_config(
     if not eval_only:
         check_solver(cfg)
     rescale_schedule(cfg, fixed=opts[::2])
+    if not eval_only:
+        warn_of_long_warmup(cfg)
     cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, *map(parse_dataset_argument, datasets)]
     train = cfg.DATASETS.TRAIN
     if eval_only:

@@ -11,7 +11,7 @@ import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
 
 from .run import Run, split_metric
 
@@ -138,6 +138,9 @@ def _draw(title: str, lines: Sequence[Series], prefix: str, log: bool = False) -
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if log and all(value > 0 for line in lines for _, value in line.points):
             axes.set_yscale("log")
+            # matplotlib's own are formulas, which stay formulas where text remains text.
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
+            axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
         else:
             # A little above the largest: lines and marks have a width.
             axes.set_ylim(0, 1.06 * max(value for line in lines for _, value in line.points) or 1)

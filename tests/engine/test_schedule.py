@@ -7,7 +7,7 @@ from detectron2.config import get_cfg
 
 from rev_det import add_rev_det_config
 from rev_det.engine import load_config
-from rev_det.engine.schedule import rescale_schedule
+from rev_det.engine.schedule import rescale_schedule, warn_of_long_warmup
 
 
 @pytest.fixture
@@ -110,3 +110,27 @@ def test_the_command_line_of_the_coco_recipe(nano_mvit, tiny_dataset):
     assert cfg.SOLVER.BASE_LR == pytest.approx(0.8e-4)
     assert (cfg.SOLVER.MAX_ITER, tuple(cfg.SOLVER.STEPS)) == (4 * 65962, (4 * 49472, 4 * 60465))
     assert cfg.SOLVER.WARMUP_ITERS == 7
+
+
+def test_with_iterations_of_ones_own_only_the_rate_follows_the_batch(cfg):
+    changes = rescale_schedule(cfg, fixed=["SOLVER.MAX_ITER"])
+    assert {"SOLVER.BASE_LR"} <= set(changes) <= {"SOLVER.BASE_LR", "SOLVER.BASE_LR_END"}
+
+
+@pytest.mark.parametrize(
+    "scheduler, warmup, name",
+    [
+        ("WarmupMultiStepLR", 749, None),
+        ("WarmupMultiStepLR", 750, "STEPS 750"),
+        ("WarmupCosineLR", 999, None),
+        ("WarmupCosineLR", 1000, "MAX_ITER 1000"),
+    ],
+)
+def test_a_warmup_that_does_not_end_in_time_is_warned_of(cfg, caplog, scheduler, warmup, name):
+    cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.WARMUP_ITERS = scheduler, warmup
+    with caplog.at_level(logging.WARNING, "rev_det"):
+        warn_of_long_warmup(cfg)
+    if name is None:
+        assert not caplog.text
+    else:
+        assert f"WARMUP_ITERS is {warmup}, not below SOLVER.{name}" in caplog.text
