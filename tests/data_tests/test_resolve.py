@@ -82,6 +82,10 @@ def test_unused_dataset_is_reported(pets, caplog):
 
 def test_generated_set_is_drawn_below_the_datasets_folder_when_used(cfg, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    # Another test may have used it.
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        if "shapes_val" in catalog:
+            catalog.remove("shapes_val")
     register_datasets(cfg)
     assert not os.listdir(tmp_path)
     cfg.DATASETS.TEST = ("shapes_val",)
