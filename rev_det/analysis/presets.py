@@ -181,7 +181,7 @@ PRESETS = {
         measured_only=True,
     ),
     "figure3c": Preset(
-        "The paper's figure 3c: ViT-B of growing depth, largest batch in 16 GB",
+        "The paper's figure 3c: largest batch in 16 GB",
         _DEEP,
         largest_batches,
         memory_limit=16 * 10**9,
