@@ -142,11 +142,15 @@ def test_a_run_without_a_loss_scale_can_go_on_with_one():
 @pytest.mark.parametrize("scale", [None, 2.0**12])
 def test_accumulated_batches_make_the_step_of_the_big_batch(scale):
     big, small = TwoLosses(), TwoLosses()
-    steps = [make_step(big), make_step(small, batches=[BATCH[:1], BATCH[1:]] * 3, accumulate=2)]
+    # Without clipping and with plain descent, which both would hide that a gradient has the wrong length.
+    parts = [BATCH[:1], BATCH[1:]] * 3
+    steps = [make_step(big, clip=total_norm)]
+    steps.append(make_step(small, clip=total_norm, batches=parts, accumulate=2))
     for step in steps:
         if scale:
             step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        step.optimizer = torch.optim.AdamW(step.model.parameters(), lr=0.1)
+        for group in step.optimizer.param_groups:
+            group["lr"] = 0.01
     one, two = (run(step, iterations=3) for step in steps)
     assert_same(big, small)
     for name in ("loss_a", "loss_b", "total_loss"):
