@@ -38,7 +38,7 @@ REQUIRES = [
     "tabulate>=0.8.9",
     "cloudpickle>=2.0",
     "tensorboard>=2.10",
-    "omegaconf>=2.1,<2.4",
+    "omegaconf>=2.1.1,<2.4",
     "hydra-core>=1.1",
     "packaging>=21.0",
     "setuptools<81",
