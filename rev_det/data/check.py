@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
-from detectron2.data import detection_utils as utils
 
+from .images import read_rgb
 from .validation import MIN_BOX_SIDE, NUM_NAMED, check_coco_json, is_valid_polygon
 
 # Training stops, or its result means nothing; training goes on, but hardly as it was meant; worth knowing.
@@ -69,7 +69,8 @@ class DataReport:
     ) -> None:
         """Something that ``offenders`` of ``total`` have; nothing if there are none."""
         if offenders:
-            share = f"{len(offenders)} of {total} ({100 * len(offenders) / total:.2g} %)"
+            percent = 100 * len(offenders) / total
+            share = f"{len(offenders)} of {total} ({percent:{'.2g' if percent < 99.5 else '.0f'}} %)"
             self.add(severity, f"{share} {what}: {_first(offenders)}{f'; {hint}' if hint else ''}")
 
 
@@ -268,10 +269,9 @@ def _examine(path: str, record: dict) -> tuple[str, str]:
     if not os.path.isfile(path):
         return "", ""
     try:
-        # Upright, as training sees it.
-        image = utils.read_image(path, format="RGB")
-    except Exception as error:  # decoders raise errors of many kinds
-        return "", " ".join(str(error).partition("<_io.")[0].split()) or type(error).__name__
+        image = read_rgb(path)
+    except ValueError as error:
+        return "", str(error)
     height, width = image.shape[:2]
     digest = hashlib.sha256(f"{height} {width} ".encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
     if (height, width) == (record["height"], record["width"]):

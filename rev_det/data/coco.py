@@ -18,14 +18,15 @@ logger = logging.getLogger(__name__)
 _SUMMARIES: dict[str, CocoSummary] = {}
 
 
-def parse_dataset_argument(text: str) -> tuple[str, str, str]:
-    """Split the value of ``--dataset``.
+def parse_dataset_argument(text: str, option: str = "--dataset") -> tuple[str, str, str]:
+    """Split the value of ``--dataset``, or what a command calls it.
 
     The name ends at the first ``=``. The paths part at the last ``:``, so that the path of the
     annotations may hold colons; an image folder with a colon needs ``DATASETS.COCO_JSON``.
 
     Args:
         text: ``NAME=JSON:IMAGES``.
+        option: what the error calls it.
 
     Returns:
         the name, the path of the annotations and the folder of the images.
@@ -38,7 +39,7 @@ def parse_dataset_argument(text: str) -> tuple[str, str, str]:
     parts = name.strip(), json_file.strip(), image_root.strip()
     if not all(parts):
         raise ValueError(
-            f"--dataset {text!r}: expected NAME=JSON:IMAGES, for example "
+            f"{option} {text!r}: expected NAME=JSON:IMAGES, for example "
             "cats=annotations/instances_train.json:images/train"
         )
     return parts

@@ -12,6 +12,7 @@ from detectron2.data import transforms as T
 
 from ..checks import check_choice
 from .augmentation import build_augmentations, crops_by_name
+from .images import check_depth, read_rgb
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -53,26 +54,28 @@ class RevDatasetMapper(DatasetMapper):
             see ``DatasetMapper``.
 
         Raises:
-            ValueError: the image is missing or cannot be decoded.
+            ValueError: the image is missing, cannot be decoded, or has more than eight bits.
         """
         try:
+            check_depth(dataset_dict["file_name"])
             return super().__call__(dataset_dict)
         except Exception as error:
             # Decoders raise many types (OSError, SyntaxError, struct.error, …) that other code raises
             # too, so ask the image itself whether it is the cause.
-            if _is_readable(dataset_dict["file_name"], self.image_format):
+            if _is_readable(dataset_dict["file_name"]):
                 raise
             raise _undecodable(dataset_dict, error) from error
 
     def check_readable(self, dataset_dict: dict[str, Any]) -> None:
-        """Read an entry's image as mapping would, and drop it.
+        """Read an entry's image, and drop it.
 
         Raises:
-            ValueError: the image is missing, cannot be decoded, or has another size than the entry says.
+            ValueError: the image is missing, cannot be decoded, has more than eight bits, or another size
+                than the entry says.
         """
         try:
-            image = utils.read_image(dataset_dict["file_name"], format=self.image_format)
-        except Exception as error:
+            image = read_rgb(dataset_dict["file_name"])
+        except ValueError as error:
             raise _undecodable(dataset_dict, error) from error
         utils.check_image_size(dict(dataset_dict), image)
 
@@ -113,9 +116,9 @@ def _as_masks_see_it(transform: T.Transform) -> T.Transform:
     return transform
 
 
-def _is_readable(file_name: str, image_format: str) -> bool:
+def _is_readable(file_name: str) -> bool:
     try:
-        utils.read_image(file_name, format=image_format)
-    except Exception:
+        read_rgb(file_name)
+    except ValueError:
         return False
     return True

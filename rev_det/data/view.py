@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data import detection_utils as utils
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from .images import read_rgb
 
 _TILE = 448  # longer side of an image on the sheet, in pixels
 _COLUMNS = 4
@@ -77,10 +78,11 @@ def _with_classes(records: list[dict], known: Sequence[str], classes: Sequence[s
 def _draw(record: dict[str, Any], metadata: Any) -> Any:
     """(H, W, 3), RGB."""
     try:
-        image = utils.read_image(record["file_name"], format="RGB")
-    except Exception as error:  # decoders raise errors of many kinds
+        image = read_rgb(record["file_name"])
+    except ValueError as error:
         raise ValueError(
-            f"image {record['file_name']} cannot be decoded; `rev-det data check` names all such images"
+            f"image {record['file_name']} cannot be decoded ({error}); "
+            "`rev-det data check` names all such images"
         ) from error
     # Beyond 4 times, Detectron2 rounds the size of labels to zero.
     scale = min(4.0, _TILE / max(image.shape[:2]))

@@ -43,6 +43,10 @@ def test_good_data_have_no_findings(good, check):
 
 DEFECTS = {
     "image cut": (ERROR, r"1 of 2 \(50 %\) images cannot be decoded: 1\.png \(.*(truncated|broken)"),
+    "image deep": (
+        ERROR,
+        r"1 of 2 \(50 %\) images cannot be decoded: 1\.png \(its grey has more than 8 bits",
+    ),
     "image gone": (ERROR, r"1 of 2 \(50 %\) images do not exist: 1\.png"),
     "image size": (ERROR, r"1 of 2 .* another size than their annotations say: 0\.png \(60x40, not 61x40\)"),
     "image id twice": (ERROR, r"1 of 3 .* ids of 'images' are given more than once: 10"),
@@ -84,6 +88,8 @@ def break_data(defect, content, folder):
             path = os.path.join(folder, "1.png")
             whole = open(path, "rb").read()
             open(path, "wb").write(whole[: len(whole) // 2])
+        case "image deep":
+            Image.fromarray(np.full((40, 60), 4000, np.uint16)).save(os.path.join(folder, "1.png"))
         case "image gone":
             os.unlink(os.path.join(folder, "1.png"))
         case "image size":
@@ -222,6 +228,10 @@ def test_sets_with_other_classes_do_not_go_together(two_sets, check):
     assert "'train' and 'val' differ in their classes or ids: bird, dog" in finding.text
 
 
+def test_all_are_a_hundred_percent(good, check):
+    assert "2 of 2 (100 %) images" in check_overlap(check(good), check(good, "again"))[0].text
+
+
 # ---- the command ----
 
 
@@ -247,6 +257,7 @@ def test_warnings_alone_do_not_fail(good, write, images, capsys):
     [
         (["a=nowhere.json:."], "nowhere.json does not exist"),
         (["a={json}:nowhere"], "nowhere does not exist"),
+        (["{json}"], "error: data set '"),
         (["{json}"], "expected NAME=JSON:IMAGES"),
         (["a={json}:{images}", "a={json}:{images}"], "must have different names"),
     ],

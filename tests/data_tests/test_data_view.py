@@ -40,7 +40,9 @@ def sheet(pets, path, *options):
     return main(["data", "view", pets, "--output", str(path), *map(str, options)])
 
 
-def test_annotations_are_drawn_over_their_images(pets, tmp_path, capsys):
+def test_annotations_are_drawn_over_their_images(pets, tmp_path, capsys, monkeypatch):
+    # Detectron2's colours are random, and some are nearly grey.
+    monkeypatch.setattr("detectron2.utils.visualizer.random_color", lambda **_: np.array([1.0, 0.2, 0.0]))
     assert sheet(pets, tmp_path / "sheet.png") == 0
     assert capsys.readouterr().out == f"3 images of 'pets' drawn in {tmp_path}/sheet.png\n"
     pixels = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
@@ -83,7 +85,8 @@ def test_without_output_the_picture_has_the_name_of_the_set(pets, tmp_path, monk
     [
         (["--num", "0"], "--num must be at least 1"),
         (["--classes", "bird"], "--classes: there is no class 'bird'; there are cat, dog"),
-        (["--output", "sheet.xyz"], "must end in .png or .jpg"),
+        (["--output", "sheet.xyz"], "must end with .png or .jpg"),
+        (["--output", "nowhere/sheet.png"], "the folder nowhere does not exist"),
     ],
 )
 def test_arguments_that_do_not_go(pets, tmp_path, capsys, options, words):

@@ -2,11 +2,13 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_train_loader
 from detectron2.data.detection_utils import SizeMismatchError
+from PIL import Image
 
 from rev_det.data import RevDatasetMapper, register_coco_json
 
@@ -60,6 +62,13 @@ def test_image_that_vanished_is_named(cfg, records, is_train):
         RevDatasetMapper(cfg, is_train)(records[1])
 
 
+@BOTH
+def test_image_whose_grey_would_become_white_is_named(cfg, records, is_train):
+    Image.fromarray(np.full((40, 60), 4000, np.uint16)).save(records[1]["file_name"])
+    with pytest.raises(ValueError, match=r"1\.png .* its grey has more than 8 bits"):
+        RevDatasetMapper(cfg, is_train)(records[1])
+
+
 def test_other_errors_pass_unchanged(cfg, records):
     records[0]["width"] += 1
     with pytest.raises(SizeMismatchError, match="Mismatched image shape"):
@@ -95,6 +104,9 @@ def test_images_can_be_tried_without_mapping_them(cfg, records):
     with open(records[1]["file_name"], "wb") as file:
         file.write(b"not an image")
     with pytest.raises(ValueError, match=r"1\.png \(image_id 11\) cannot be decoded"):
+        mapper.check_readable(records[1])
+    Image.fromarray(np.full((40, 60), 4000, np.uint16)).save(records[1]["file_name"])
+    with pytest.raises(ValueError, match=r"1\.png .* its grey has more than 8 bits"):
         mapper.check_readable(records[1])
     with pytest.raises(SizeMismatchError, match="Mismatched image shape"):
         mapper.check_readable({**records[0], "height": 1})
