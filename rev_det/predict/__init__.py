@@ -3,8 +3,8 @@
 from .classes import Classes, classes_from_json
 from .detector import Detector, Origin, load_detector
 from .inputs import Frame, Source, find_sources, read_frames
-from .output import PredictionWriter, refuse_overwriting
-from .running import predict
+from .output import PredictionWriter, check_output
+from .running import highest_score, predict
 
 __all__ = [
     "Classes",
@@ -13,10 +13,11 @@ __all__ = [
     "Origin",
     "PredictionWriter",
     "Source",
+    "check_output",
     "classes_from_json",
     "find_sources",
+    "highest_score",
     "load_detector",
     "predict",
     "read_frames",
-    "refuse_overwriting",
 ]

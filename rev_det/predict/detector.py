@@ -16,11 +16,11 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import nn
 
-from .. import model_zoo
 from ..analysis.cases import read_config
 from ..checkpoint import RevCheckpointer
 from ..checkpoint.named import PUBLISHED
 from ..config import add_rev_det_config
+from ..config_files import find_config_file
 from ..engine import Precision
 from .classes import Classes, classes_from_json, classes_of_config
 
@@ -61,7 +61,7 @@ class Origin:
         """
         if run is not None:
             if config is not None:
-                raise ValueError("--run brings its own config; give either --run or --config")
+                raise ValueError("--run brings its own config; give either --run or --config-file")
             if not os.path.isdir(run):
                 raise FileNotFoundError(f"--run {run} is not a folder; name the OUTPUT_DIR of a training run")
             if not os.path.isfile(os.path.join(run, _CONFIG)):
@@ -69,21 +69,21 @@ class Origin:
             return cls(os.path.join(run, _CONFIG), weights or _last_checkpoint(run))
         if config is None and weights is None:
             raise ValueError(
-                "name a detector: --run OUTPUT_DIR, --weights of a training run, or --config and --weights"
+                "name a detector: --run OUTPUT_DIR, --weights of a training run, "
+                "or --config-file and --weights"
             )
         if config is None:
+            if "://" not in weights and not os.path.isfile(weights.partition("#")[0]):
+                raise FileNotFoundError(f"--weights {weights} does not exist")
             beside = os.path.join(os.path.dirname(weights), _CONFIG)
             if not os.path.isfile(beside):
                 raise ValueError(
-                    f"there is no {_CONFIG} beside {weights}: name the detector's own with --config"
+                    f"there is no {_CONFIG} beside {weights}: name the detector's own with --config-file"
                 )
             return cls(beside, weights)
         if os.path.isfile(config):
             return cls(config, weights or _weights_of(config))
-        try:
-            path = model_zoo.get_config_file(config)
-        except ValueError as error:
-            raise ValueError(f"--config {config} is no file, and {error}") from error
+        path = find_config_file(config)
         if not weights:
             raise ValueError(
                 f"--weights is missing: no trained weights are published for {config}, name those of your own"
@@ -150,6 +150,32 @@ class Detector:
                 f"a {type(self.model).__name__} returns {', '.join(results[0])}, and no instances to show"
             )
         return [self._chosen(result["instances"].to("cpu")) for result in results]
+
+    def highest_score(self, images: Sequence[np.ndarray]) -> float | None:
+        """The score of what would be found first if the threshold were lower.
+
+        Args:
+            images: each (H, W, 3), RGB, uint8; one batch.
+
+        Returns:
+            of the classes to return; None if nothing of them is found at any threshold.
+
+        Raises:
+            ValueError: as for a prediction.
+        """
+        # Where Detectron2's heads keep the threshold that they were built with.
+        heads = [module for module in self.model.modules() if hasattr(module, "test_score_thresh")]
+        saved = self.threshold, [head.test_score_thresh for head in heads]
+        try:
+            self.threshold = 0.0
+            for head in heads:
+                head.test_score_thresh = 0.0
+            found = self(images)
+        finally:
+            self.threshold = saved[0]
+            for head, threshold in zip(heads, saved[1], strict=True):
+                head.test_score_thresh = threshold
+        return max((score for instances in found for score in instances.scores.tolist()), default=None)
 
     def _prepare(self, image: np.ndarray) -> dict:
         height, width = image.shape[:2]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from detectron2.data import detection_utils as utils
+
+from ..data.images import read_rgb
 
 # What is taken from a folder. A file that is named itself may have any extension.
 IMAGE_EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"))
@@ -94,13 +95,7 @@ def read_frames(source: Source) -> Iterator[Frame]:
     if source.is_video:
         yield from _read_video(source)
         return
-    try:
-        image = utils.read_image(source.path, format="RGB")
-    except Exception as error:  # a damaged file makes Pillow raise errors of many kinds
-        # Pillow appends the file object.
-        reason = " ".join(str(error).partition("<_io.")[0].split())
-        raise ValueError(reason or type(error).__name__) from error
-    yield Frame(source, image)
+    yield Frame(source, read_rgb(source.path))
 
 
 def _paths(word: str) -> list[str]:
@@ -109,7 +104,7 @@ def _paths(word: str) -> list[str]:
         with os.scandir(word) as entries:
             names = sorted(e.name for e in entries if e.is_file() and Path(e.name).suffix.lower() in known)
         if not names:
-            raise FileNotFoundError(f"the folder {word} has no images or videos in it ({_listed(known)})")
+            raise FileNotFoundError(f"the folder {word} has no images or videos in it{_below(word, known)}")
         return [os.path.join(word, name) for name in names]
     if os.path.exists(word):
         return [word]
@@ -143,5 +138,13 @@ def _read_video(source: Source) -> Iterator[Frame]:
         capture.release()
 
 
-def _listed(extensions: frozenset[str]) -> str:
-    return " ".join(sorted(extensions))
+def _below(folder: str, known: frozenset[str]) -> str:
+    """Where a folder without files to predict on has some, for an error."""
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            extension = Path(name).suffix
+            if extension.lower() in known:
+                pattern = os.path.join(folder, "**", f"*{extension}")
+                return f', but {parent} has: name that, or all below with the pattern "{pattern}"'
+    return f" ({' '.join(sorted(known))})"

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
+from ..analysis.report import write_whole
 from .classes import Classes
 from .inputs import Frame, Source
 
@@ -109,7 +111,7 @@ class PredictionWriter:
             (RESULTS, self._results),
             (IMAGES, {"images": self._images, "categories": categories}),
         ):
-            (self.folder / name).write_text(json.dumps(content), encoding="utf-8")
+            write_whole(str(self.folder / name), partial(_write_json, content))
 
     def _draw(self, frame: Frame, instances: Instances) -> None:
         if frame.index is not None:
@@ -121,7 +123,8 @@ class PredictionWriter:
         scale = min(4.0, max(1.0, _LEGIBLE / max(frame.image.shape[:2])))
         visualizer = Visualizer(frame.image, self._metadata, scale=scale)
         picture = visualizer.draw_instance_predictions(instances).get_image()
-        Image.fromarray(picture).save(self.folder / f"{frame.source.name}.jpg", quality=_JPEG_QUALITY)
+        save = partial(Image.fromarray(picture).save, quality=_JPEG_QUALITY)
+        write_whole(str(self.folder / f"{frame.source.name}.jpg"), save)
 
     def _finish_video(self) -> None:
         if self._video is not None:
@@ -146,13 +149,15 @@ class _VideoFile:
         self._visualizer = VideoVisualizer(metadata)
         height, width = frame.image.shape[:2]
         for codec, extension in _CODECS:
-            path = folder / f"{frame.source.name}{extension}"
+            self._path = folder / f"{frame.source.name}{extension}"
+            # A video that a killed program leaves cannot be played.
+            self._part = folder / f".part-{self._path.name}"
             fourcc = cv2.VideoWriter_fourcc(*codec)
-            self._writer = cv2.VideoWriter(str(path), fourcc, frame.rate, (width, height))
+            self._writer = cv2.VideoWriter(str(self._part), fourcc, frame.rate, (width, height))
             if self._writer.isOpened():
                 return
         raise OSError(
-            f"{path} cannot be written: OpenCV has no codec for it; --no-pictures writes JSON alone"
+            f"{self._path} cannot be written: OpenCV has no codec for it; --no-pictures writes JSON alone"
         )
 
     def add(self, image: np.ndarray, instances: Instances) -> None:
@@ -161,24 +166,32 @@ class _VideoFile:
 
     def close(self) -> None:
         self._writer.release()
+        os.replace(self._part, self._path)
 
 
-def refuse_overwriting(folder: str, sources: Sequence[Source]) -> None:
-    """Find before the work that a picture would take the place of one to predict on.
+def check_output(folder: str, sources: Sequence[Source]) -> None:
+    """Find before the work that there is no such folder, or a picture in the place of one to predict on.
 
     Args:
         folder: of a `PredictionWriter`.
         sources: what it will write about.
 
     Raises:
-        ValueError: naming the picture.
+        ValueError: naming the picture, or what is no folder.
     """
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise ValueError(f"--output {folder} is a file; name a folder, which is made if it is missing")
     paths = {os.path.realpath(source.path) for source in sources}
     for source in sources:
         for extension in (".jpg", *(extension for _, extension in _CODECS)):
             path = os.path.join(folder, f"{source.name}{extension}")
             if os.path.realpath(path) in paths:
                 raise ValueError(f"--output {folder} would overwrite {path}; name another folder")
+
+
+def _write_json(content: Any, path: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file)
 
 
 def _copied(instances: Instances) -> Instances:

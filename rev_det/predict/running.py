@@ -61,3 +61,31 @@ def predict(
                 flush()
     flush()
     return failures
+
+
+def highest_score(detector: Detector, sources: Sequence[Source], count: int) -> float | None:
+    """What a detector that finds nothing comes closest to.
+
+    Args:
+        detector: the detector.
+        sources: files that are looked at again; of a video the first picture.
+        count: this many at most, as one takes as long as before.
+
+    Returns:
+        the highest score of its classes; None if it finds nothing, or there is nothing to look at.
+    """
+    scores: list[float] = []
+    looked_at = 0
+    for source in sources:
+        if looked_at == count:
+            break
+        try:
+            frame = next(read_frames(source), None)
+        except (ValueError, OSError):
+            continue
+        if frame is None:
+            continue
+        looked_at += 1
+        score = detector.highest_score([frame.image])
+        scores += [] if score is None else [score]
+    return max(scores, default=None)

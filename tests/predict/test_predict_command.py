@@ -43,6 +43,20 @@ def test_chosen_classes_alone(nano_run, photos, tmp_path):
     assert {r["category_id"] for r in results} <= {7, 8} and results
 
 
+def test_where_nothing_is_found_the_highest_score_says_what_to_try(nano_run, photos, tmp_path, capsys):
+    (photos / "0.png").write_text("no image")
+    options = ("--no-pictures", "--classes", "bee", "cat")
+    assert command(nano_run, photos, tmp_path / "all", *options, "--threshold", 0) == 1
+    results = json.loads((tmp_path / "all" / "predictions.json").read_text())
+    best = max(result["score"] for result in results)
+    capsys.readouterr()
+    assert command(nano_run, photos, tmp_path / "out", *options, "--threshold", 0.99) == 1
+    out = capsys.readouterr().out
+    assert "0 objects in 2 files\n" in out
+    assert f"no score for bee, cat is as high as the --threshold of 0.99: the highest is {best:.3f}," in out
+    assert "the detector knows ant, bee, cat\n" in out
+
+
 def test_one_bad_image_is_reported_at_the_end_and_skipped(nano_run, photos, tmp_path, capsys):
     (photos / "1.png").write_text("no image")
     assert command(nano_run, photos, tmp_path / "out", "--no-pictures") == 1

@@ -63,18 +63,20 @@ def test_weights_may_be_named_in_the_config(tmp_path):
         ({"run": "{}", "config": "x"}, "either --run or --config"),
         ({"run": "{}/nowhere"}, "nowhere is not a folder"),
         ({"run": "{}"}, "has no config.yaml"),
-        ({"weights": "{}/model_final.pth"}, "no config.yaml beside .*--config"),
+        ({"weights": "{}/model_final.pth"}, "model_final.pth does not exist"),
+        ({"weights": "{}/there.pth"}, "no config.yaml beside .*--config-file"),
         ({"config": "{}/empty.yaml"}, "--weights is missing: MODEL.WEIGHTS of .*empty.yaml are none"),
         ({"config": COCO_CONFIG}, "--weights is missing: MODEL.WEIGHTS of .* are a backbone's alone"),
         ({"config": "mask_rcnn_rev_vit_b_fpn_3x"}, "--weights is missing: no trained weights are published"),
         (
             {"config": "rcnn_rev_mvit_b_fpn_3x", "weights": "w"},
-            "--config rcnn_rev_mvit_b_fpn_3x is no file, and there is no model .* did you mean",
+            "--config-file rcnn_rev_mvit_b_fpn_3x does not exist, and there is no model .* did you mean",
         ),
     ],
 )
 def test_what_is_too_little_or_too_much_is_named(tmp_path, arguments, message):
     (tmp_path / "empty.yaml").write_text("VERSION: 2\n")
+    (tmp_path / "there.pth").touch()
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         Origin.find(**{key: value.format(tmp_path) for key, value in arguments.items()})
 

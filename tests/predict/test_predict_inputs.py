@@ -65,6 +65,15 @@ def test_words_that_mean_nothing_are_named(folder, word, message):
         find_sources([str(folder / word)])
 
 
+def test_a_folder_whose_images_are_below_says_where(folder):
+    (folder / "out").mkdir()
+    (folder / "below").rename(folder / "out" / "in")
+    pattern = folder / "out" / "**" / "*.png"
+    with pytest.raises(FileNotFoundError, match=f"but {folder / 'out' / 'in'} has: .*") as info:
+        find_sources([str(folder / "out")])
+    assert f'"{pattern}"' in str(info.value) and names(pattern) == ["a"]
+
+
 def test_a_file_with_the_characters_of_a_pattern_is_itself(tmp_path):
     path = save_image(tmp_path / "a[1].png", 0)
     assert [s.path for s in find_sources([path])] == [path]
@@ -115,6 +124,13 @@ def test_what_cannot_be_read_is_an_error_with_the_reason(tmp_path, name, content
     (source,) = find_sources([str(tmp_path / name)])
     with pytest.raises(ValueError, match=message):
         list(read_frames(source))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_grey_of_more_than_eight_bits_is_not_read_as_white(tmp_path, dtype):
+    Image.fromarray(np.full((8, 8), 1000, dtype)).save(tmp_path / "deep.tiff")
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        list(read_frames(Source(str(tmp_path / "deep.tiff"), "deep", False)))
 
 
 def test_a_truncated_image_is_an_error(tmp_path):

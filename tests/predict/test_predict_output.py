@@ -16,10 +16,10 @@ from rev_det.predict import (
     Classes,
     Frame,
     PredictionWriter,
+    check_output,
     find_sources,
     predict,
     read_frames,
-    refuse_overwriting,
 )
 
 HEIGHT, WIDTH = 48, 64
@@ -202,6 +202,8 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path):
 
     def interrupted(images):
         if bee.seen == 2:
+            # Were it killed here, nothing would look like a whole video.
+            assert not list((tmp_path / "out").glob("clip.*"))
             raise KeyboardInterrupt
         return bee(images)
 
@@ -236,8 +238,10 @@ def test_pictures_never_take_the_place_of_what_they_are_made_of(tmp_path):
     save_image(tmp_path / "photo.jpg", 0)
     sources = find_sources([str(tmp_path)])
     with pytest.raises(ValueError, match="would overwrite .*photo.jpg; name another folder"):
-        refuse_overwriting(str(tmp_path), sources)
-    refuse_overwriting(str(tmp_path / "out"), sources)
+        check_output(str(tmp_path), sources)
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        check_output(sources[0].path, sources)
+    check_output(str(tmp_path / "out"), sources)
 
 
 def test_a_file_of_images_without_names_is_refused(tmp_path):
