@@ -7,15 +7,14 @@ trains with `Trainer`, Detectron2's ``DefaultTrainer`` with this project's optim
 
 import os
 import sys
-import warnings
 
 # Read when torch is imported: threads that wait for work shall sleep. By default they spin, which makes
 # training on the CPU several times slower as soon as another program wants one of the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# What Detectron2 does that newer versions of torch advise against: nothing a user could mend.
-for message in ("`torch.jit.script", "torch.meshgrid"):
-    warnings.filterwarnings("ignore", message)
+from rev_det.advice import hide_advice  # noqa: E402
+
+hide_advice()
 
 from rev_det.engine import main  # noqa: E402
 

@@ -222,7 +222,22 @@ def test_without_detectron2_the_doctor_still_examines(tmp_path):
 def test_without_detectron2_other_commands_send_to_the_doctor(tmp_path):
     done = run_without_detectron2(tmp_path, "predict", "photo.jpg")
     assert done.returncode == 2
-    assert done.stderr == ("error: predict needs Detectron2, which is not installed: see `rev-det doctor`\n")
+    assert re.fullmatch(
+        r"error: predict needs Detectron2, which is not installed\. .*`make setup`.*\n", done.stderr
+    )
+
+
+def test_with_a_broken_torchvision_other_commands_send_to_the_doctor(tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    reason = "operator torchvision::nms does not exist"
+    (tmp_path / "torchvision" / "__init__.py").write_text(f"raise RuntimeError({reason!r})")
+    code = "import sys; from rev_det.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-W", "ignore", "-c", code, "data", "check", "a=b:c"]
+    environ = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.returncode == 2
+    line = f"data needs Detectron2, which cannot be imported (RuntimeError: {reason}); run `rev-det doctor`"
+    assert done.stderr == f"error: {line}\n"
 
 
 def test_a_built_extension_names_its_compiler(monkeypatch, broken):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..config_files import find_config_file
 from ..engine import load_config
 from .counting import GIB, MIB, StepCount, count_backbone
 from .detector import DetectorStep, count_detector
@@ -79,10 +80,10 @@ class Case:
 
 
 def read_config(config_file: str, opts: Sequence[str], device: str = "cpu") -> CfgNode:
-    """A detector's config without its datasets, which need not be on this machine.
+    """A detector's config without its datasets, which need not be on this machine, and its schedule.
 
     Args:
-        config_file: a YAML file, ours or any of Detectron2's.
+        config_file: a YAML file, ours or any of Detectron2's, or the name of a model in rev_det's zoo.
         opts: keys and values that override the file's, alternating.
         device: for ``MODEL.DEVICE``.
 
@@ -91,7 +92,10 @@ def read_config(config_file: str, opts: Sequence[str], device: str = "cpu") -> C
     """
     no_data = ("DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "DATASETS.COCO_JSON", "[]")
     # The CPU does not train in float16, but what is counted there can be meant for a GPU.
-    return load_config(config_file, [*opts, *no_data, "MODEL.DEVICE", device, "SOLVER.AMP.DTYPE", "auto"])
+    # Nobody trains by this schedule: nothing needs to be said about it.
+    no_schedule = ("SOLVER.REFERENCE_IMS_PER_BATCH", "0", "SOLVER.WARMUP_ITERS", "0")
+    settled = (*no_data, *no_schedule, "MODEL.DEVICE", device, "SOLVER.AMP.DTYPE", "auto")
+    return load_config(find_config_file(config_file), [*opts, *settled])
 
 
 def reversible_family(cfg: CfgNode) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from .. import __version__
@@ -136,12 +137,23 @@ def describe_machine(device: torch.device | None) -> dict[str, Any]:
 
 def print_rows(console: Console, title: str, rows: Sequence[Row]) -> None:
     """Show rows as one table, and their splits as another."""
-    console.print(_table(title, rows, lambda row: row.figures))
+    _print_figures(console, title, rows, lambda row: row.figures)
     if any(row.split for row in rows):
-        console.print(_table("memory at the peak, and besides", rows, lambda row: row.split))
+        _print_figures(console, "memory at the peak, and besides", rows, lambda row: row.split)
     for row in rows:
         if row.note:
             console.print(f"{_name(row)}: {row.note}", highlight=False)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Show a table; where there is little room, words stay whole and the columns of numbers are narrow."""
+    if _extent(console, table).maximum > console.width:
+        for column in table.columns:
+            if not column.no_wrap:
+                words = " ".join(map(str, (column.header, *column.cells))).split()
+                column.min_width = max(map(len, words), default=None)
+                column.max_width = column.min_width if column.justify == "right" else None
+    console.print(table)
 
 
 def save_json(path: str, content: Any) -> None:
@@ -239,6 +251,33 @@ def format_value(figure: Figure) -> str:
     return f"{value:.{digits}f}"
 
 
+def _print_figures(
+    console: Console, title: str, rows: Sequence[Row], part: Callable[[Row], dict[str, Figure]]
+) -> None:
+    table = _table(title, rows, part)
+    if _extent(console, table).minimum > console.width:
+        table = min(table, _turned(table), key=lambda table: _extent(console, table).minimum)
+    print_table(console, table)
+
+
+def _extent(console: Console, table: Table) -> Measurement:
+    """Between whole words and no wrapping, whatever room there is."""
+    return console.measure(table, options=console.options.update(max_width=10_000))
+
+
+def _turned(table: Table) -> Table:
+    """A table whose rows are the columns of another: for many figures of few cases."""
+    turned = Table(title=table.title, title_justify="left")
+    labels = [column for column in table.columns if column.justify != "right"]
+    turned.add_column(", ".join(str(column.header) for column in labels))
+    for values in zip(*(column.cells for column in labels), strict=True):
+        turned.add_column(", ".join(map(str, values)), justify="right")
+    for column in table.columns:
+        if column.justify == "right":
+            turned.add_row(" ".join(str(column.header).split()), *column.cells)
+    return turned
+
+
 def _table(title: str, rows: Sequence[Row], part: Callable[[Row], dict[str, Figure]]) -> Table:
     """Labels to the left, figures to the right; what is the same everywhere goes into the title."""
     labels = list(dict.fromkeys(name for row in rows for name in row.labels))
@@ -253,7 +292,7 @@ def _table(title: str, rows: Sequence[Row], part: Callable[[Row], dict[str, Figu
     )
     shown = [name for name in labels if name not in same or len(rows) == 1]
     for name in shown:
-        table.add_column(name, overflow="fold")
+        table.add_column(name)
     for name in names:
         header = name if len(set(kinds.values())) == 1 else f"{name}\n({kinds[name]})"
         table.add_column(header, justify="right")

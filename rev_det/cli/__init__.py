@@ -6,10 +6,10 @@ import argparse
 import importlib
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 
-from .. import __version__
+from .. import __version__, modeling
+from ..advice import hide_advice
 
 # Each module has SUMMARY (one line of help), add_arguments(parser) and run(args) -> exit code. What they need
 # they import in `run`: `rev-det --help` is quick, and `rev-det doctor` works where something is missing.
@@ -26,6 +26,7 @@ COMMANDS: tuple[str, ...] = (
     "analyze",
 )
 _USER_ERROR_CODE = 2
+_INTERRUPTED_CODE = 130  # as shells have it: 128 and the number of the signal
 # Read when torch is imported: threads that wait for work shall sleep, as train_net.py explains.
 _WAIT_POLICY = "OMP_WAIT_POLICY"
 
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None for the program's own.
 
     Returns:
-        the exit code: 2 after one line ``error: …`` on the standard error stream for what the user can mend.
+        the exit code: 2 after one line ``error: …`` on the standard error stream for what the user can mend,
+        130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["train"]:
@@ -54,19 +56,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser = subparsers.add_parser(name, help=module.SUMMARY, description=module.__doc__)
         module.add_arguments(subparser)
     args = parser.parse_args(words)
-    # What Detectron2 does that newer versions of torch advise against: nothing a user could mend.
-    for message in ("`torch.jit.script", "torch.meshgrid"):
-        warnings.filterwarnings("ignore", message)
+    hide_advice()
     try:
         return modules[args.command].run(args)
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted\n")
+        return _INTERRUPTED_CODE
     except (ValueError, OSError) as error:
         message = str(error)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "detectron2":
+    except Exception:
+        message = _obstacle(args.command)
+        if not message:
             raise
-        message = f"{args.command} needs Detectron2, which is not installed: see `rev-det doctor`"
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return _USER_ERROR_CODE
+
+
+def _obstacle(command: str) -> str:
+    """Why Detectron2 cannot be used, and what to do; nothing if it can."""
+    try:
+        modeling.RevViT  # noqa: B018  (raises what importing Detectron2 has raised, in words)
+    except ImportError as error:
+        return str(error).replace("rev_det.modeling.RevViT", command)
+    return ""
 
 
 def _restart() -> None:

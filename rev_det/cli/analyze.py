@@ -21,10 +21,10 @@ SUMMARY = "parameters, FLOPs, and images per GPU of a detector"
 
 _EPILOG = """
 examples:
-  rev-det analyze configs/COCO-Detection/mask_rcnn_rev_mvit_b_fpn_3x.yaml --size 800x1280
-  rev-det analyze CONFIG --no-flops --opts MODEL.REV.KEEP_ATTENTION False
+  rev-det analyze mask_rcnn_rev_mvit_b_fpn_3x --size 800x1280
+  rev-det analyze output/config.yaml --no-flops --opts MODEL.REV.KEEP_ATTENTION False
   how exactly the blocks' inputs are rebuilt, with trained weights:
-  rev-det analyze CONFIG --no-flops --no-fits --inversion --opts MODEL.WEIGHTS model_final.pth
+  rev-det analyze output/config.yaml --no-flops --no-fits --inversion --opts MODEL.WEIGHTS model_final.pth
 """
 
 # In the order in which a command line is written down.
@@ -34,7 +34,15 @@ _OPTIONS = ("size", "depth", "no_flops", "no_fits", "inversion", "json", "csv", 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.add_argument("config_file", metavar="CONFIG", help="a YAML file, ours or any of Detectron2's")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        nargs="?",
+        help="a YAML file, ours or any of Detectron2's, or the name of a model in the zoo",
+    )
+    parser.add_argument(
+        "--config-file", dest="config_option", metavar="CONFIG", help="the same, as other commands have it"
+    )
     parser.add_argument(
         "--size",
         metavar="HxW",
@@ -76,18 +84,19 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--depth must be at least 1, got {args.depth}")
     if args.plot and args.no_fits:
         raise ValueError("--plot draws the images that fit: leave out --no-fits")
-    cfg = read_config(args.config_file, args.opts)
+    config = _config(args)
+    cfg = read_config(config, args.opts)
     size = parse_size(args.size) if args.size else _test_size(cfg)
     console = Console(width=None if Console().is_terminal else 200)
     parts: dict[str, list[Row]] = {}
     if not args.no_flops:
         parts["modules"] = _flops(cfg, size, args.depth, console)
     if not args.no_fits:
-        parts["fits"] = _fits(cfg, args.config_file, size, console)
+        parts["fits"] = _fits(cfg, config, size, console)
     if args.inversion:
         parts["inversion"] = _inversion(cfg, size, console)
     if args.json:
-        _save_json(args, size, parts)
+        _save_json(args, config, size, parts)
     if args.csv:
         save_csv(args.csv, [_with_label(row, "table", name) for name, rows in parts.items() for row in rows])
     if args.plot:
@@ -95,15 +104,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _save_json(args: argparse.Namespace, size: tuple[int, int], parts: dict[str, list[Row]]) -> None:
+def _config(args: argparse.Namespace) -> str:
+    if args.config and args.config_option:
+        raise ValueError("CONFIG and --config-file mean the same; give one of them")
+    if not (args.config or args.config_option):
+        raise ValueError("CONFIG is missing; name a YAML file, or a model of the zoo")
+    return args.config or args.config_option
+
+
+def _save_json(
+    args: argparse.Namespace, config: str, size: tuple[int, int], parts: dict[str, list[Row]]
+) -> None:
     from dataclasses import asdict
 
     from ..analysis.report import describe_machine, save_json
     from .bench import command_line
 
     content = {
-        "command": command_line(["rev-det", "analyze", args.config_file], args, _OPTIONS),
-        "config": args.config_file,
+        "command": command_line(["rev-det", "analyze", config], args, _OPTIONS),
+        "config": config,
         "options": args.opts,
         "size": list(size),
         "machine": describe_machine(None),
@@ -127,19 +146,19 @@ def _flops(cfg: CfgNode, size: tuple[int, int], depth: int, console: Console) ->
     from rich.table import Table
 
     from ..analysis.flops import DEFINITION, analyze_detector
-    from ..analysis.report import COUNTED, Figure, Row
+    from ..analysis.report import COUNTED, Figure, Row, print_table
 
     with console.status("tracing the detector"):
         costs = analyze_detector(cfg, size, depth)
     table = Table(title=f"one image of {size[0]}x{size[1]}, inference", title_justify="left")
-    table.add_column("module", overflow="fold")
+    table.add_column("module", no_wrap=True)
     table.add_column("class")
     table.add_column("parameters\n(M, counted)", justify="right")
     table.add_column("FLOPs\n(GMAC, counted)", justify="right")
     for cost in costs:
         flops = f"{cost.flops / 1e9:.2f}" if cost.flops else "-"
         table.add_row(_indented(cost), cost.kind, f"{cost.parameters / 1e6:.3f}", flops)
-    console.print(table)
+    print_table(console, table)
     console.print(DEFINITION, style="dim", highlight=False)
     return [
         Row(

@@ -61,7 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     what = parser.add_argument_group("what to train").add_mutually_exclusive_group()
     what.add_argument("--model", choices=_MODELS, help="a backbone alone (default: rev_mvit_b)")
-    what.add_argument("--config-file", metavar="FILE", help="a whole detector, optimizer and all")
+    what.add_argument(
+        "--config-file",
+        metavar="CONFIG",
+        help="a whole detector, optimizer and all: a YAML file, or the name of a model in the zoo",
+    )
     what.add_argument(
         "--preset", choices=_PRESETS, help="a set of cases: the paper's table and figures, and ours"
     )

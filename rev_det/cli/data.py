@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 SUMMARY = "check and view data in COCO's format"
 
 _FORM = "NAME=JSON:IMAGES"
+_PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,13 +60,15 @@ def _check(args: argparse.Namespace) -> int:
     from ..data import parse_dataset_argument
     from ..data.check import ERROR, WARNING, check_data, check_overlap
 
-    sets = [parse_dataset_argument(text) for text in args.sets]
+    sets = [parse_dataset_argument(text, "data set") for text in args.sets]
     names = [name for name, *_ in sets]
     if len(set(names)) < len(names):
         raise ValueError(f"data sets must have different names, got {', '.join(names)}")
     reports = []
     for name, json_file, image_root in sets:
-        with tqdm(unit="image", desc=name, leave=False, delay=1) as bar:
+        # In a file each step of the bar is a line.
+        interval = 0.1 if sys.stderr.isatty() else 10.0
+        with tqdm(unit="image", desc=name, leave=False, delay=1, mininterval=interval) as bar:
 
             def show(count: int, total: int, bar: tqdm = bar) -> None:
                 bar.total = total
@@ -83,13 +87,21 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _view(args: argparse.Namespace) -> int:
+    from ..analysis.report import check_output, write_whole
     from ..data import parse_dataset_argument, register_coco_json
     from ..data.view import draw_annotations
 
-    name, json_file, image_root = parse_dataset_argument(args.set)
-    register_coco_json(name, json_file, image_root)
+    name, json_file, image_root = parse_dataset_argument(args.set, "data set")
     path = args.output or f"{name}.png"
-    count = draw_annotations(name, path, args.num, args.seed, args.classes)
+    check_output(path, _PICTURES)
+    register_coco_json(name, json_file, image_root)
+    count = 0
+
+    def draw(part: str) -> None:
+        nonlocal count
+        count = draw_annotations(name, part, args.num, args.seed, args.classes)
+
+    write_whole(path, draw)
     print(f"{_counted(count, 'image')} of '{name}' drawn in {path}")
     return 0
 

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument(
         "--config-file",
-        metavar="FILE",
-        help="a config, or the name of one in the zoo (default: config.yaml beside the weights)",
+        metavar="CONFIG",
+        help="a YAML file, or the name of a model in the zoo (default: config.yaml beside the weights)",
     )
     parser.add_argument("--weights", metavar="FILE", help="of a trained detector")
     parser.add_argument("--format", required=True, help="torchscript, onnx or torch-export")

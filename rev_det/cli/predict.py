@@ -7,7 +7,9 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..predict import PredictionWriter
+    from collections.abc import Sequence
+
+    from ..predict import Detector, PredictionWriter, Source
 
 SUMMARY = "predict on images, folders and videos"
 
@@ -16,20 +18,25 @@ examples:
   with what a training run wrote, on a folder and a video:
     rev-det predict photos/ street.mp4 --run output/demo
   with weights and the name of a config, a few classes alone:
-    rev-det predict "photos/**/*.jpg" --config mask_rcnn_rev_mvit_b_fpn_3x --weights model_final.pth
-        --classes person dog --threshold 0.7
+    rev-det predict "photos/**/*.jpg" --weights model_final.pth
+        --config-file mask_rcnn_rev_mvit_b_fpn_3x --classes person dog --threshold 0.7
   results for an evaluation, with the image ids of its file:
     rev-det predict val/ --run output --dataset-json val.json --threshold 0.05 --no-pictures
 """
 # Classes to list in the summary.
 _LISTED = 8
+# Files to look at again where nothing was found.
+_LOOKED_AT = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="image or video files, folders, patterns in quotes"
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="image or video files, folders (not those below them), patterns in quotes",
     )
     model = parser.add_argument_group("detector")
     model.add_argument(
@@ -37,10 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--weights", metavar="FILE", help="of a trained detector")
     model.add_argument(
-        "--config",
         "--config-file",
-        metavar="NAME",
-        help="a config file or a zoo name (default: config.yaml beside the weights)",
+        "--config",
+        metavar="CONFIG",
+        help="a YAML file, or the name of a model in the zoo (default: config.yaml beside the weights)",
     )
     model.add_argument(
         "--dataset-json",
@@ -78,13 +85,13 @@ def run(args: argparse.Namespace) -> int:
     from detectron2.utils.logger import setup_logger
     from tqdm import tqdm
 
-    from ..predict import Origin, PredictionWriter, find_sources, load_detector, predict, refuse_overwriting
+    from ..predict import Origin, PredictionWriter, check_output, find_sources, load_detector, predict
 
     setup_logger(name="rev_det")
     sources = find_sources(args.inputs)
-    refuse_overwriting(args.output, sources)
+    check_output(args.output, sources)
     detector = load_detector(
-        Origin.find(args.run, args.config, args.weights),
+        Origin.find(args.run, args.config_file, args.weights),
         device=args.device,
         threshold=args.threshold,
         only=args.classes,
@@ -94,9 +101,15 @@ def run(args: argparse.Namespace) -> int:
     )
     with PredictionWriter(args.output, detector.classes, args.dataset_json, not args.no_pictures) as writer:
         total = sum(source.num_frames() for source in sources)
-        with tqdm(total=total, unit="image", desc=f"predict ({detector.precision})") as bar:
+        # In a file each step of the bar is a line.
+        interval = 0.1 if sys.stderr.isatty() else 10.0
+        title = f"predict ({detector.precision})"
+        with tqdm(total=total, unit="image", desc=title, mininterval=interval) as bar:
             failures = predict(detector, sources, writer, args.batch_size, bar.update)
     print(_summary(writer, len(sources) - len(failures)))
+    if not writer.counts and len(failures) < len(sources):
+        print(_nothing_found(detector, sources, args.classes))
+    print(f"written to {writer.folder}")
     if failures:
         sys.stderr.write(f"{len(failures)} of {len(sources)} files could not be read:\n")
         for path, reason in failures:
@@ -111,4 +124,24 @@ def _summary(writer: PredictionWriter, files: int) -> str:
     more = f" and {len(found) - _LISTED} more classes" if len(found) > _LISTED else ""
     objects = sum(writer.counts.values())
     what = f"{objects} object{'s' * (objects != 1)} in {files} file{'s' * (files != 1)}"
-    return f"{what}{': ' if listed else ''}{listed}{more}\nwritten to {writer.folder}"
+    return f"{what}{': ' if listed else ''}{listed}{more}"
+
+
+def _nothing_found(detector: Detector, sources: Sequence[Source], classes: Sequence[str]) -> str:
+    """What a newcomer can try."""
+    from ..predict import highest_score
+
+    known = ", ".join(detector.classes.names[:_LISTED])
+    more = len(detector.classes.names) - _LISTED
+    known += f" and {more} more" if more > 0 else ""
+    score = highest_score(detector, sources, _LOOKED_AT)
+    wanted = f" for {', '.join(classes)}" if classes else ""
+    if score is None:
+        said = f"no object is found{wanted} with any --threshold"
+    else:
+        few = f" in the first {_LOOKED_AT} files" if len(sources) > _LOOKED_AT else ""
+        said = (
+            f"no score{wanted} is as high as the --threshold of {detector.threshold:g}: "
+            f"the highest{few} is {score:.3f}, and a lower threshold shows more"
+        )
+    return f"{said}\nthe detector knows {known}"

@@ -11,7 +11,7 @@ import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, ScalarFormatter
 
 from .run import Run, split_metric
 
@@ -140,7 +140,11 @@ def _draw(title: str, lines: Sequence[Series], prefix: str, log: bool = False) -
             axes.set_yscale("log")
             # matplotlib's own are formulas, which stay formulas where text remains text.
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
-            axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
+            values = [value for line in lines for _, value in line.points]
+            # Within a decade or two there are hardly any powers of ten; at all digits labels would overlap.
+            few = max(values) < 100 * min(values)
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+            axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:.0e}" if few else ""))
         else:
             # A little above the largest: lines and marks have a width.
             axes.set_ylim(0, 1.06 * max(value for line in lines for _, value in line.points) or 1)

@@ -32,6 +32,7 @@ from rev_det.analysis.report import (
     check_output,
     describe_machine,
     format_value,
+    print_rows,
     write_whole,
 )
 from rev_det.modeling import RevMViT
@@ -116,6 +117,22 @@ def test_what_is_alive_at_the_peak_is_named_largest_first(rows):
 def test_labels_that_are_the_same_everywhere_are_in_the_title(rows):
     text = shown(report(rows))
     assert text.splitlines()[0].startswith("a title: Rev-ViT-S, depth 2, 32x32, 1 image, bf16")
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_where_there_is_little_room_no_word_is_broken(width):
+    schemes = ("cached", "checkpoint, attention kept", "reversible, attention kept")
+    wide = {name: Figure(1.234, "GiB", "counted") for name in ("one image", "each further one")}
+    wide |= {f"{size} GB": Figure(25, "images", "counted") for size in (12, 16, 24, 40, 80, 141)}
+    many = {name: Figure(1.234, "GiB", "counted") for name in ("peak memory", "in all")}
+    many |= {name: Figure(0.5, "x cached", "counted") for name in ("peak memory, relative", "time, relative")}
+    for figures, rows in ((wide, schemes), (many, schemes * 3)):
+        console = Console(width=width, record=True, file=open("/dev/null", "w"))
+        print_rows(console, "a title", [Row({"training": scheme}, figures) for scheme in rows])
+        text = console.export_text()
+        assert max(map(len, text.splitlines())) <= width and "…" not in text
+        words = " ".join([*rows, *figures, "counted) training"]).split()
+        assert not set(words) - set(text.split())
 
 
 def test_nothing_half_written_is_left(tmp_path):

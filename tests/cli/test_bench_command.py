@@ -231,10 +231,22 @@ def test_parts_of_the_analysis_can_be_left_out(capsys):
     assert (content["size"], content["options"]) == ([128, 128], ["MODEL.MASK_ON", "False"])
 
 
+@pytest.mark.parametrize("option", [[], ["--config-file"]])
+def test_a_config_may_be_named_as_elsewhere(option):
+    nothing = ["--no-flops", "--no-fits", "--json", "a.json"]
+    assert main(["analyze", *option, "mask_rcnn_rev_mvit_nano_fpn", *nothing]) == 0
+    content = json.loads(Path("a.json").read_text())
+    assert content["config"] == "mask_rcnn_rev_mvit_nano_fpn" and content["size"] == [128, 128]
+    assert content["command"].startswith("rev-det analyze mask_rcnn_rev_mvit_nano_fpn ")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["missing.yaml"], "missing.yaml does not exist"),
+        (["missing.yaml"], "missing.yaml does not exist, and there is no model"),
+        (["mask_rcnn_rev_mvit_nano_fp"], "did you mean mask_rcnn_rev_mvit_nano_fpn "),
+        ([], "CONFIG is missing"),
+        ([NANO, "--config-file", NANO], "CONFIG and --config-file mean the same"),
         ([NANO, "--opts", "MODEL.NO_KEY", "1"], "there is no config key MODEL.NO_KEY"),
         ([NANO, "--size", "big"], "--size must be HEIGHTxWIDTH"),
         ([NANO, "--json", "missing/a.json"], "the folder missing does not exist"),

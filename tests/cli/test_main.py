@@ -1,5 +1,6 @@
 """`main`: help, version, errors in one line, the console entry point."""
 
+import logging
 import re
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 import rev_det
 from rev_det import cli
+from rev_det.advice import hide_advice
 from rev_det.cli import COMMANDS, main
 
 SETUP = Path(__file__).resolve().parents[2] / "setup.py"
@@ -72,6 +74,20 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(error, monkeypatch, 
     install(monkeypatch, Failing(error))
     assert main(["failing"]) == 2
     assert tuple(capsys.readouterr()) == ("", "error: a value is wrong\n")
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
+    install(monkeypatch, Failing(KeyboardInterrupt()))
+    assert main(["failing"]) == 130
+    assert tuple(capsys.readouterr()) == ("", "\ninterrupted\n")
+
+
+def test_what_torch_advises_detectron2_is_not_shown(caplog):
+    hide_advice()
+    logger = logging.getLogger("torch.fx._symbolic_trace")
+    logger.warning("is_fx_tracing will return true for both fx.symbolic_trace and torch.export.")
+    logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):

@@ -49,6 +49,15 @@ def test_errors_are_one_line_and_name_the_command(monkeypatch, capsys):
     assert "rev-det train: error:" in capsys.readouterr().err
 
 
+def test_the_config_may_be_named_as_in_the_zoo(monkeypatch, capsys):
+    words = ["train", "--config-file", "mask_rcnn_rev_mvit_nano_fp"]
+    assert main(words) == 2
+    assert "--config-file mask_rcnn_rev_mvit_nano_fp does not exist, and" in capsys.readouterr().err
+    words[-1] += "n"
+    assert main([*words, "SOLVER.MAX_ITER", "0"]) == 2
+    assert "SOLVER.MAX_ITER must be" in capsys.readouterr().err
+
+
 def run_program(code: str, **variables) -> list[str]:
     """Lines that the program prints, run as `rev-det` is: with arguments of its own."""
     environ = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | variables
