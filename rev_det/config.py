@@ -11,11 +11,15 @@ if TYPE_CHECKING:
 def add_rev_det_config(cfg: CfgNode) -> None:
     """Add rev_det's keys, with their defaults, to a Detectron2 config (in place).
 
+    A config that has them, such as one of rev_det's zoo, stays as it is.
+
     Args:
         cfg: a config made by ``detectron2.config.get_cfg()``.
     """
     from detectron2.config import CfgNode as CN
 
+    if "REV" in cfg.MODEL:
+        return
     # What both families share.
     rev = cfg.MODEL.REV = CN()
     # "reversible" rebuilds activations in the backward pass, "cached" is ordinary autograd,

@@ -86,6 +86,7 @@ class _Source:
     other: Tensor
     multiple: int
     minimum: int = 1
+    strides: tuple[int, ...] = ()  # of a backbone's outputs
 
     def __call__(self, x: Tensor) -> _Outputs:
         return dict(zip(self.outputs, self.module(x), strict=True))
@@ -269,7 +270,8 @@ def _backbone(model: nn.Module, size: tuple[int, int], format: str) -> _Source:
     adapter = TracingAdapter(backbone, example).eval()
     adapter(example)
     names = tuple(adapter.outputs_schema.keys)
-    return _Source("backbone", adapter, "images", names, example, other, multiple, minimum)
+    strides = tuple(model.backbone.output_shape()[name].stride for name in names)
+    return _Source("backbone", adapter, "images", names, example, other, multiple, minimum, strides)
 
 
 class _Backbone(nn.Module):
@@ -382,11 +384,10 @@ def _description(source: _Source, fixed: bool) -> str:
             "(B, 3, H, W) float32: pixels less MODEL.PIXEL_MEAN, divided by MODEL.PIXEL_STD; H and W "
             f"multiples of {source.multiple}, at least {source.minimum * source.multiple}"
         )
-        features = zip(source.outputs, source.module(source.example), strict=True)
+        features = zip(source.outputs, source.module(source.example), source.strides, strict=True)
         outputs = {
-            name: f"(B, {x.shape[1]}, ceil(H / s), ceil(W / s)) float32, "
-            f"s = {round(source.example.shape[-1] / x.shape[-1])}"
-            for name, x in features
+            name: f"(B, {x.shape[1]}, ceil(H / s), ceil(W / s)) float32, s = {stride}"
+            for name, x, stride in features
         }
     content = {
         "rev_det": __version__,

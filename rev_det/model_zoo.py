@@ -38,7 +38,7 @@ def get_config_file(name: str) -> str:
     found = [full for full in names if name in _spellings(full)]
     if not found:
         spellings = sorted({spelling for full in names for spelling in _spellings(full)})
-        close = difflib.get_close_matches(name, spellings, n=3)
+        close = difflib.get_close_matches(name, spellings, n=3) or _names_with(name)
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(map(_stem, names))}"
         raise ValueError(f"there is no model {name!r} in rev_det's zoo; {hint}")
     return str(_config_root() / found[0])
@@ -121,6 +121,11 @@ def _config_root() -> Path:
 
 def _spellings(name: str) -> set[str]:
     return {name, name.removesuffix(".yaml"), _stem(name), f"{_stem(name)}.yaml"}
+
+
+def _names_with(part: str) -> builtins.list[str]:
+    """Up to three names that contain a part of one, such as ``retinanet``."""
+    return [_stem(name) for name in list() if part and part.lower() in name.lower()][:3]
 
 
 def _stem(name: str) -> str:

@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2 import model_zoo
-from detectron2.modeling import build_backbone
+from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.modeling import build_backbone, build_model
+
+from rev_det import add_rev_det_config
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = [
@@ -36,6 +40,53 @@ def test_python_examples_run(code, capsys):
     for comment in shown:
         for piece in comment.split(" ... "):
             assert piece in printed
+
+
+def example(page, mark, language="python"):
+    """The one example of a page that has a mark in it."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    (found,) = [block for block in blocks if mark in block]
+    return found
+
+
+def test_own_blocks_made_reversible_have_the_gradients_of_ordinary_training():
+    names = {}
+    exec(compile(example("docs/method.md", "class Block"), "example", "exec"), names)
+    sequence = names["sequence"].double()
+    assert len(sequence.blocks) == 24
+    x = torch.rand(2, 5, 64, dtype=torch.double, requires_grad=True)
+    wanted = [x, *sequence.parameters()]
+    y1 = y2 = x
+    for block in sequence.blocks:  # the equations of the page
+        y1 = y1 + block.F(y2)
+        y2 = y2 + block.G(y1)
+    expected = torch.autograd.grad((y1 * y2).sum(), wanted)
+    y1, y2 = sequence(x, x)
+    for found, value in zip(torch.autograd.grad((y1 * y2).sum(), wanted), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-9)
+
+
+def test_another_head_on_a_config_of_the_zoo_is_built(tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "keypoints.yaml").write_text(example("docs/own-detector.md", "KEYPOINT_ON", "yaml"))
+    cfg = get_cfg()
+    add_rev_det_config(cfg)
+    cfg.merge_from_file(str(tmp_path / "keypoints.yaml"))
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        heads = build_model(cfg).roi_heads
+    assert heads.keypoint_on and not heads.mask_on
+    assert (cfg.INPUT.FORMAT, cfg.SOLVER.OPTIMIZER) == ("RGB", "AdamW")
+
+
+def test_the_lazy_backbone_is_that_of_the_lazy_config():
+    names = {}
+    exec(compile(example("docs/own-detector.md", "LazyCall"), "example", "exec"), names)
+    whole = LazyConfig.load(str(ROOT / "configs/Lazy/mask_rcnn_rev_vit_b.py")).model
+    with torch.device("meta"):
+        ours, theirs = (instantiate(model.backbone) for model in (names["model"], whole))
+    assert repr(ours) == repr(theirs)
+    assert ours.padding_constraints == theirs.padding_constraints
 
 
 def test_there_are_examples():

@@ -11,7 +11,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
-from rev_det import model_zoo
+from rev_det import add_rev_det_config, model_zoo
 from rev_det.checkpoint import RevCheckpointer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +63,8 @@ def test_an_unknown_name_comes_with_close_ones():
         ValueError, match="'mask_rcnn_mvit_b_fpn_3x'.*did you mean mask_rcnn_rev_mvit_b_fpn_3x"
     ):
         model_zoo.get_config_file("mask_rcnn_mvit_b_fpn_3x")
+    with pytest.raises(ValueError, match="mean retinanet_rev_mvit_b_fpn_3x or retinanet_rev_vit_b_fpn_3x"):
+        model_zoo.get_config_file("RetinaNet")
     with pytest.raises(ValueError, match="there are cascade_mask_rcnn_rev_mvit_b_fpn_3x, .*nano_fpn"):
         model_zoo.get_config_file("%%%")
 
@@ -77,6 +79,14 @@ def test_a_config_can_be_changed_and_names_the_backbones_weights():
     assert cfg.MODEL.WEIGHTS.endswith("/REV_MVIT_B.pyth")
     assert cfg.MODEL.BACKBONE.NAME == "build_rev_mvit_fpn_backbone"
     cfg.MODEL.REV.ACTIVATIONS = "cached"
+
+
+def test_adding_the_keys_once_more_changes_nothing():
+    cfg = model_zoo.get_config("mask_rcnn_rev_mvit_b_fpn_3x")
+    before = cfg.dump()
+    add_rev_det_config(cfg)
+    assert cfg.dump() == before
+    assert cfg.MODEL.REV_MVIT.DROP_PATH_RATE == 0.4  # its default is 0
 
 
 def test_trained_detectors_are_not_published():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from detectron2.modeling.backbone.utils import PatchEmbed, get_abs_pos
 from torch import Tensor, nn
@@ -40,6 +41,26 @@ class Run:
     y: tuple[Tensor, Tensor]
     args: tuple
     masks: tuple[tuple[Tensor | None, Tensor | None], ...]
+
+
+class MissingFeature(KeyError):
+    """A head asks for a feature map that the backbone does not return: its name, and what to say."""
+
+    def __str__(self) -> str:
+        return self.args[1]
+
+
+class FeatureShapes(dict[str, ShapeSpec]):
+    """What ``output_shape()`` returns: Detectron2's heads look names up in it, and explain no failure."""
+
+    def __missing__(self, name: str) -> ShapeSpec:
+        raise MissingFeature(
+            name,
+            f"a head's IN_FEATURES asks for {name!r}; this backbone returns {', '.join(self)}. For heads "
+            "that start at p2 set MODEL.BACKBONE.NAME to build_rev_{vit,mvit}_fpn_backbone, for RetinaNet's, "
+            "which start at p3, to build_retinanet_rev_{vit,mvit}_fpn_backbone; C4 and DC5 configs have no "
+            "pyramid, take one with FPN",
+        )
 
 
 class ReversibleBackbone(Backbone):
@@ -107,6 +128,9 @@ class ReversibleBackbone(Backbone):
             self.pos_embed.requires_grad_(False)
             self.patch_embed.requires_grad_(False)
             self.blocks[: freeze_at - 1].requires_grad_(False)
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return FeatureShapes(super().output_shape())
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Tokens with their position embedding. (B, in_chans, H, W) -> (B, H'*W', C), (H', W')."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_count
 from ..config import add_rev_det_config
-from .backbone import pad_to_multiple
+from .backbone import FeatureShapes, pad_to_multiple
 from .rev_mvit import RevMViT
 from .rev_vit import RevViT
 
@@ -26,6 +26,8 @@ PYRAMID_STRIDES = (4, 8, 16, 32)
 _SHARED = ("ACTIVATIONS", "KEEP_ATTENTION", "FREEZE_AT", "TERMINATION", "INNER_RESIDUAL")
 # Detectron2's default of MODEL.BACKBONE.FREEZE_AT, which cannot be told from an explicit 2.
 _DEFAULT_FREEZE_AT = 2
+# Addresses of weights in Detectron2's model zoo.
+_STOCK_ZOO = "detectron2://"
 
 
 class RevSimpleFeaturePyramid(SimpleFeaturePyramid):
@@ -44,12 +46,18 @@ class RevSimpleFeaturePyramid(SimpleFeaturePyramid):
     def padding_constraints(self) -> dict[str, int]:
         return {"size_divisibility": self._size_divisibility, "square_size": self._square_pad}
 
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return FeatureShapes(super().output_shape())
+
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return super().forward(pad_to_multiple(x, self._size_divisibility))
 
 
 class RevFPN(FPN):
     """Detectron2's `FPN`, for images of any size: its sums need multiples of the last stride."""
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return FeatureShapes(super().output_shape())
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return super().forward(pad_to_multiple(x, self._size_divisibility))
@@ -58,12 +66,14 @@ class RevFPN(FPN):
 @BACKBONE_REGISTRY.register()
 def build_rev_vit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> RevViT:
     """RevViT from ``MODEL.REV_VIT`` and ``MODEL.REV``: one feature map at the patch stride."""
+    _warn_of_stock_weights(cfg)
     return rev_vit(with_rev_det_keys(cfg), input_shape)
 
 
 @BACKBONE_REGISTRY.register()
 def build_rev_mvit_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> RevMViT:
     """RevMViT from ``MODEL.REV_MVIT`` and ``MODEL.REV``: feature maps at strides 4, 8, 16 and 32."""
+    _warn_of_stock_weights(cfg)
     return rev_mvit(with_rev_det_keys(cfg), input_shape)
 
 
@@ -134,7 +144,8 @@ def with_rev_det_keys(cfg: CfgNode) -> CfgNode:
             "freezes parts of this backbone",
             freeze_at,
         )
-    if cfg.MODEL.WEIGHTS and (cfg.INPUT.FORMAT != "RGB" or min(cfg.MODEL.PIXEL_STD) <= 1.0):
+    pretrained = cfg.MODEL.WEIGHTS and not _has_stock_weights(cfg)
+    if pretrained and (cfg.INPUT.FORMAT != "RGB" or min(cfg.MODEL.PIXEL_STD) <= 1.0):
         logger.warning(
             "The pretrained weights expect RGB images with ImageNet's statistics, but INPUT.FORMAT is %s and "
             "MODEL.PIXEL_STD %s; set INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675, 116.28, 103.53] and "
@@ -149,6 +160,20 @@ def with_rev_det_keys(cfg: CfgNode) -> CfgNode:
     add_rev_det_config(cfg)
     logger.info("The config has no MODEL.REV nodes: the backbone gets rev_det's defaults (the -B models).")
     return cfg
+
+
+def _has_stock_weights(cfg: CfgNode) -> bool:
+    return bool(cfg.MODEL.WEIGHTS) and cfg.MODEL.WEIGHTS.startswith(_STOCK_ZOO)
+
+
+def _warn_of_stock_weights(cfg: CfgNode) -> None:
+    # Detectron2's checkpointer would list the names of all tensors, and leave the backbone random.
+    if _has_stock_weights(cfg):
+        logger.warning(
+            "MODEL.WEIGHTS %s is of Detectron2's model zoo, which has nothing for this backbone; set it to a "
+            "Rev-ViT or Rev-MViT file, or to '' to train from scratch",
+            cfg.MODEL.WEIGHTS,
+        )
 
 
 def fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module | None = None) -> RevFPN:

@@ -1,5 +1,6 @@
 """Stock Detectron2 detectors train and infer on our backbones when the backbone's name alone is changed."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,42 @@ def test_changing_the_backbones_name_is_enough(detector, family, nano_defaults):
         assert result["panoptic_seg"][0].shape == result["sem_seg"].shape[1:] == (HEIGHT, WIDTH)
     else:
         assert result["instances"].has(expected)
+
+
+@pytest.mark.parametrize("family", ["mvit", "vit"])
+@pytest.mark.parametrize(
+    "detector, name, asked",
+    [
+        ("COCO-Detection/faster_rcnn_R_50_C4_3x.yaml", "build_rev_{}_fpn_backbone", "res4"),
+        ("COCO-Detection/faster_rcnn_R_50_DC5_3x.yaml", "build_rev_{}_backbone", "res5"),
+        ("COCO-Detection/retinanet_R_50_FPN_3x.yaml", "build_rev_{}_fpn_backbone", "p7"),
+        ("COCO-Detection/retinanet_R_50_FPN_3x.yaml", "build_rev_{}_backbone", "p3"),
+        ("COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml", "build_rev_{}_backbone", "p2"),
+    ],
+)
+def test_heads_that_ask_for_other_feature_maps_are_an_error_that_says_what_to_do(
+    detector, name, asked, family, nano_defaults
+):
+    cfg = changed_config(detector, family)
+    cfg.MODEL.BACKBONE.NAME = name.format(family)
+    with pytest.raises(KeyError) as error:
+        build_model(cfg)
+    returned = ", ".join(build_backbone(cfg).output_shape())
+    assert f"asks for '{asked}'; this backbone returns {returned}. For heads" in str(error.value)
+    assert "C4 and DC5 configs have no pyramid" in str(error.value)
+    # Of another process it arrives as it was.
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
+
+
+@pytest.mark.parametrize("family", ["mvit", "vit"])
+def test_a_resnets_weights_are_warned_about(family, nano_defaults, caplog):
+    cfg = changed_config("COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml", family)
+    build_backbone(cfg)
+    assert "MODEL.WEIGHTS" not in caplog.text
+    cfg.MODEL.WEIGHTS = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
+    build_backbone(cfg)
+    assert "R-50.pkl is of Detectron2's model zoo, which has nothing for this backbone" in caplog.text
+    assert "RGB" not in caplog.text
 
 
 # ---- LazyConfig ----
