@@ -11,7 +11,7 @@ def hide_advice() -> None:
 
     For programs: it changes how the whole process warns.
     """
-    for message in ("`torch.jit.script", "torch.meshgrid"):
+    for message in ("`torch.jit.script", "torch.meshgrid", "The given NumPy array is not writable"):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("torch.fx._symbolic_trace").addFilter(_is_for_users)
 
