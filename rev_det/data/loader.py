@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import multiprocessing
 import os
 import random
 import signal
@@ -250,7 +251,7 @@ def _signals_held_back() -> Iterator[None]:
     if not hasattr(signal, "sigwaitinfo"):  # macOS: they would not let them through again
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
     try:
         yield
     finally:
@@ -258,21 +259,27 @@ def _signals_held_back() -> Iterator[None]:
 
 
 def _survive_signals(worker_id: int) -> None:
-    """In a worker: heed SIGTERM from the training process alone, and SIGUSR1 not at all.
+    """In a worker: heed SIGTERM from the training process alone, and SIGUSR1 and SIGINT not at all.
 
-    Schedulers that stop a job send these to all of its processes. The training process then still has a step
-    to end and a checkpoint to write, and must not lose its workers in the middle of that.
+    Schedulers that stop a job send these to all of its processes, and so does a terminal for Ctrl-C. The
+    training process then still has a step to end and a checkpoint to write, and must not lose its workers in
+    the middle of that.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    # torch watches it as well, but only once a worker has started: if it is gone by then, the worker stays.
+    while parent.is_alive():
+        received = signal.sigtimedwait({signal.SIGTERM}, 1)
+        if received is not None and received.si_pid == parent.pid:
+            break
     os._exit(0)
 
 

@@ -16,6 +16,7 @@ from detectron2.modeling import build_backbone
 from ..checks import check_choice, check_count, is_finite, is_whole
 from ..data import RevDatasetMapper
 from ..data.coco import registered_summary
+from .trainer import COMPRESSION
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -71,7 +72,7 @@ def check_solver(cfg: CfgNode) -> None:
     for key in ("WARMUP_ITERS", "CHECKPOINT_KEEP"):
         check_count(f"SOLVER.{key}", solver[key], minimum=0)
     check_count("SOLVER.AMP.MAX_SKIPPED_STEPS", solver.AMP.MAX_SKIPPED_STEPS, minimum=0)
-    check_choice("SOLVER.DDP.COMPRESSION", solver.DDP.COMPRESSION, ("none", "fp16", "bf16"))
+    check_choice("SOLVER.DDP.COMPRESSION", solver.DDP.COMPRESSION, COMPRESSION)
     _check_number("SOLVER.BASE_LR", solver.BASE_LR, above=0)
     if not is_finite(solver.BASE_LR_END) or not 0 <= solver.BASE_LR_END <= solver.BASE_LR:
         raise ValueError(

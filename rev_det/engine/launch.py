@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
+import signal
+import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from detectron2.engine import default_setup, launch
+from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import RevCheckpointer
+from ..config_files import find_config_file
 from ..data import register_datasets
-from .interruption import STOP_EXIT_CODES, Interrupted, passing_on_to_children
+from .interruption import (
+    STOP_EXIT_CODES,
+    Interrupted,
+    interrupts_held_back,
+    leave_interrupts_to_parent,
+    passing_on_to_children,
+)
 from .setup import argument_parser, check_run, load_config
 from .torchrun import adopt_processes, join_processes, under_torchrun
 from .trainer import Trainer
@@ -53,11 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if under_torchrun():
             adopt_processes(args)
+        if args.config_file:
+            args.config_file = find_config_file(args.config_file)
         cfg = load_config(args.config_file, args.opts, args.dataset, args.num_gpus, args.eval_only)
         check_run(cfg, args)
         failure = launch_processes(cfg, args)
     except USER_ERRORS as error:
         failure = error_line(error)
+    except KeyboardInterrupt:
+        # Ctrl-C while there is nothing to save, or for the second time.
+        raise Interrupted(signal.SIGINT) from None
     if failure:
         sys.stderr.write(f"error: {failure}\n")
         return _USER_ERROR_CODE
@@ -83,21 +96,22 @@ def launch_processes(cfg: CfgNode, args: argparse.Namespace) -> str:
         run(cfg, args)
         return ""
     if under_torchrun():
-        join_processes(cfg, args)
+        join_processes(cfg, args, int(os.environ["LOCAL_RANK"]))
         run(cfg, args)
         dist.destroy_process_group()
         return ""
+    if args.dist_url == "auto":
+        args.dist_url = f"tcp://127.0.0.1:{_free_port()}"
     errors = mp.get_context("spawn").SimpleQueue()
-    with _only_on_device(cfg.MODEL.DEVICE), passing_on_to_children() as stop:
+    with passing_on_to_children() as stop:
         try:
-            launch(
-                _run_process,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(cfg, args, errors),
-            )
+            # Detectron2's launch does not return before they have ended.
+            with interrupts_held_back():
+                processes = mp.start_processes(
+                    _run_process, (cfg, args, errors), nprocs=args.num_gpus, join=False
+                )
+            while not processes.join():
+                pass
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
             if stop.number is not None:
                 raise Interrupted(stop.number) from None
@@ -157,8 +171,10 @@ def error_line(error: BaseException) -> str:
     return " ".join(lines) or repr(error)
 
 
-def _run_process(cfg: CfgNode, args: argparse.Namespace, errors: Any) -> None:
+def _run_process(local_rank: int, cfg: CfgNode, args: argparse.Namespace, errors: Any) -> None:
     """`run`, as one of several processes; ``errors`` (a queue) takes what the user can mend."""
+    leave_interrupts_to_parent()
+    join_processes(cfg, args, local_rank)
     if torch.device(cfg.MODEL.DEVICE).type == "cpu":
         # Processes that each use every core would slow each other down.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.num_gpus))
@@ -170,19 +186,7 @@ def _run_process(cfg: CfgNode, args: argparse.Namespace, errors: Any) -> None:
     dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def _only_on_device(device: str) -> Iterator[None]:
-    """Hide GPUs from launched processes that work on the CPU: Detectron2 would connect them through NCCL."""
-    if torch.device(device).type != "cpu":
-        yield
-        return
-    key = "CUDA_VISIBLE_DEVICES"
-    before = os.environ.get(key)
-    os.environ[key] = ""
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[key]
-        else:
-            os.environ[key] = before
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]

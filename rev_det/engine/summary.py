@@ -17,7 +17,7 @@ from detectron2.utils import comm
 
 from .. import __version__
 from .amp import Precision
-from .checkpoints import BEST, Evaluation
+from .checkpoints import BEST, FINAL, Evaluation
 from .hooks import on_cuda, peak_memory_mib
 from .metrics import read_metrics
 
@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 class Summary(HookBase):
     """Writes ``summary.json`` in ``OUTPUT_DIR`` once training is complete.
 
-    To be registered on all processes, after the hook that writes ``metrics.json``.
+    The last line of the log then tells the AP and the files of the run. To be registered on all processes,
+    after the hooks that write these and ``metrics.json``.
 
     Args:
         evaluation: the hook that evaluates.
@@ -51,7 +52,17 @@ class Summary(HookBase):
         with open(f"{path}.tmp", "w", encoding="utf-8") as file:
             json.dump(self._collect(peaks), file, indent=1, allow_nan=False)
         os.replace(f"{path}.tmp", path)
-        logger.info("Summary of the run: %s", path)
+        logger.info("Training is complete. %s", self._headline())
+
+    def _headline(self) -> str:
+        """The AP, and where the files are: what is looked for at the end of a log."""
+        folder = self.trainer.cfg.OUTPUT_DIR
+        results = [
+            f"{name} {value:.1f}" for name, value in self._evaluation.latest.items() if name.endswith("/AP")
+        ]
+        names = (f"{FINAL}.pth", "predictions.png", "curves.png", "summary.json")
+        files = [name for name in names if os.path.exists(os.path.join(folder, name))]
+        return f"{', '.join(results) or 'Not evaluated'}; in {folder}: {', '.join(files)}"
 
     def _collect(self, peaks: list[float]) -> dict[str, Any]:
         trainer, cfg = self.trainer, self.trainer.cfg

@@ -45,16 +45,25 @@ def adopt_processes(args: argparse.Namespace) -> None:
     args.dist_url = "env://"
 
 
-def join_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
+def join_processes(cfg: CfgNode, args: argparse.Namespace, local_rank: int) -> None:
     """Connect this process with the others, as Detectron2's ``launch`` does for those it starts.
+
+    That would connect those that work on the CPU through NCCL where there are GPUs.
 
     Args:
         cfg: a settled config; on the CPU gloo connects, else NCCL.
-        args: as `adopt_processes` leaves them.
+        args: of ``argument_parser``, which under torchrun `adopt_processes` has changed.
+        local_rank: of this process among those of its machine.
     """
     on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
     if not on_cpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("gloo" if on_cpu else "nccl", timeout=DEFAULT_TIMEOUT)
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group(
+        "gloo" if on_cpu else "nccl",
+        init_method=args.dist_url,
+        world_size=args.num_machines * args.num_gpus,
+        rank=args.machine_rank * args.num_gpus + local_rank,
+        timeout=DEFAULT_TIMEOUT,
+    )
     comm.create_local_process_group(args.num_gpus)
     comm.synchronize()

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_COMPRESSION = {
+# Values of SOLVER.DDP.COMPRESSION, and the hooks that do it.
+COMPRESSION = {
     "none": None,
     "fp16": default_hooks.fp16_compress_hook,
     "bf16": default_hooks.bf16_compress_hook,
@@ -165,7 +166,8 @@ class Trainer(DefaultTrainer):
             as ``DefaultTrainer.train``.
 
         Raises:
-            Interrupted: SIGTERM or SIGUSR1 came; the state is saved, to be resumed.
+            Interrupted: SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) came; the state is saved, to be resumed.
+            KeyboardInterrupt: a second SIGINT came.
             NonFiniteError: a loss or gradient is infinite or NaN; the state before it is saved, and what led
                 to it is described in ``non_finite.json``.
             OSError: something cannot be written, for instance because the disk is full.
@@ -213,8 +215,8 @@ class Trainer(DefaultTrainer):
             evaluation,
             *([Predictions(cfg.TEST.EVAL_PERIOD)] if is_main and cfg.DATASETS.TEST else []),
             *writers,
-            Summary(evaluation),
             *([Curves()] if is_main else []),
+            Summary(evaluation),
         ]
 
     def build_writers(self) -> list[EventWriter]:
@@ -299,16 +301,9 @@ def wrap_model(model: nn.Module, cfg: CfgNode) -> nn.Module:
 
     Args:
         model: on the device of this process.
-        cfg: a config with rev_det's keys.
-
-    Raises:
-        ValueError: ``SOLVER.DDP.COMPRESSION`` is unknown.
+        cfg: as ``load_config`` returns it.
     """
     ddp = cfg.SOLVER.DDP
-    if ddp.COMPRESSION not in _COMPRESSION:
-        raise ValueError(
-            f"SOLVER.DDP.COMPRESSION is {ddp.COMPRESSION!r}; allowed are {', '.join(map(repr, _COMPRESSION))}"
-        )
     on_cpu = next(model.parameters()).device.type == "cpu"
     # Detectron2 names a device unless told not to, and the CPU must not be named.
     device_ids = {"device_ids": None} if on_cpu else {}
@@ -319,7 +314,7 @@ def wrap_model(model: nn.Module, cfg: CfgNode) -> nn.Module:
         static_graph=ddp.STATIC_GRAPH,
         **device_ids,
     )
-    hook = _COMPRESSION[ddp.COMPRESSION]
+    hook = COMPRESSION[ddp.COMPRESSION]
     if hook is not None and wrapped is not model:
         wrapped.register_comm_hook(state=None, hook=hook)
     return wrapped

@@ -134,14 +134,17 @@ def test_every_way_to_exchange_gradients_trains_with_frozen_parts_and_accumulati
     assert losses[0] == pytest.approx(losses[1], rel=2e-2 if mode == "COMPRESSION" else 1e-4)
 
 
-@pytest.mark.parametrize("launcher", ["num-gpus", "torchrun"])
-def test_two_processes_that_are_asked_to_stop_are_resumed_exactly(command, tmp_path, launcher):
+@pytest.mark.parametrize("launcher", ["num-gpus", "torchrun", "none"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_processes_that_are_asked_to_stop_are_resumed_exactly(command, tmp_path, launcher, number):
     settings = {"SOLVER__MAX_ITER": "30", "SOLVER__IMS_PER_BATCH": "4", "DATASETS__TEST": "()", "SEED": "7"}
     settings |= {"MODEL__REV_MVIT__DROP_PATH_RATE": "0.3", "SOLVER__CHECKPOINT_PERIOD": "10"}
+    settings |= {"DATALOADER__NUM_WORKERS": "1"}
 
     def launch(name: str, *options: str) -> subprocess.Popen:
-        if launcher == "num-gpus":
-            return start(TRAIN_NET, *command(name, "--num-gpus", "2", *options, **settings))
+        if launcher != "torchrun":
+            processes = "2" if launcher == "num-gpus" else "1"
+            return start(TRAIN_NET, *command(name, "--num-gpus", processes, *options, **settings))
         words = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}")
         return start(*words, TRAIN_NET, *command(name, *options, **settings))
 
@@ -150,14 +153,47 @@ def test_two_processes_that_are_asked_to_stop_are_resumed_exactly(command, tmp_p
     for line in process.stdout:
         if "Saving checkpoint" in line:
             break
-    os.kill(process.pid, signal.SIGTERM)
+    # Ctrl-C goes to all that the terminal sees, workers of the data loader included.
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     text = process.communicate()[0]
-    # torchrun has an exit code of its own.
-    assert process.returncode == (128 + signal.SIGTERM if launcher == "num-gpus" else 1), text[-3000:]
+    # torchrun has an exit code, and a traceback, of its own.
+    assert process.returncode == (1 if launcher == "torchrun" else 128 + number), text[-3000:]
+    assert launcher == "torchrun" or "Traceback" not in text
+    said = [line for line in text.splitlines() if "Ctrl-C" in line]
+    assert len(said) == (number == signal.SIGINT), said
     stopped_at = int((tmp_path / "stopped/last_checkpoint").read_text()[6:13])
     assert 10 <= stopped_at < 29
     finish(launch("stopped", "--resume"))
     assert_equal_ends(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_the_second_ctrl_c_ends_all_processes_in_the_middle_of_a_step(command, tmp_path, processes):
+    settings = {"SOLVER__IMS_PER_BATCH": "512", "SOLVER__ACCUMULATE": "64", "DATASETS__TEST": "()"}
+    settings |= {"DATALOADER__NUM_WORKERS": "1"}
+    process = start(TRAIN_NET, *command("stopped", "--num-gpus", processes, **settings))
+    for awaited in ("Starting training", "a second Ctrl-C"):
+        for line in process.stdout:
+            if awaited in line:
+                break
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT)
+    # Until the last of them has closed it.
+    text = process.communicate()[0]
+    assert process.returncode == 128 + signal.SIGINT, text[-3000:]
+    assert "Traceback" not in text
+    assert not list((tmp_path / "stopped").glob("*.pth"))
+
+
+def test_processes_whose_parent_is_killed_end(command, tmp_path):
+    process = start(TRAIN_NET, *command("orphaned", "--num-gpus", "2", DATASETS__TEST="()"))
+    for line in process.stdout:
+        if "Starting training" in line:
+            break
+    process.kill()
+    # Until the last of them has closed it.
+    process.communicate(timeout=60)
+    assert not (tmp_path / "orphaned/model_final.pth").exists()
 
 
 def assert_equal_ends(folder: Path, whole: Path) -> None:

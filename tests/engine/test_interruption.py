@@ -1,6 +1,7 @@
 """Runs that are stopped and resumed, and what they keep."""
 
 import json
+import multiprocessing
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 
 from rev_det.engine import Trainer, argument_parser, load_config
-from rev_det.engine.interruption import Interrupted, StopRequest, passing_on_to_children
+from rev_det.engine.interruption import STOP_SIGNALS, Interrupted, StopRequest, passing_on_to_children
 from rev_det.engine.train_step import NonFiniteError
 
 # Drop path, flips and sampled RoIs: what is drawn at random must be drawn again.
@@ -72,16 +73,24 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
         assert torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.fixture(autouse=True)
+def interruptible():
+    """SIGINT as Python has it: in the background a shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_run_that_is_asked_to_stop_and_resumed_ends_as_if_it_had_not_been(trainer, tmp_path, number):
     whole = tmp_path / "whole"
     trainer("OUTPUT_DIR", str(whole)).train()
-    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
+    handlers = [signal.getsignal(n) for n in STOP_SIGNALS]
     with pytest.raises(SystemExit) as stopped:
         # With worker processes that have already loaded ahead.
         trainer("DATALOADER.NUM_WORKERS", "1", at=1, action=send(number)).train()
     assert stopped.value.code == 128 + number
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == handlers
+    assert [signal.getsignal(n) for n in STOP_SIGNALS] == handlers
     assert (tmp_path / "output/last_checkpoint").read_text() == "model_0000002.pth"
     resumed = trainer(resume=True)
     assert resumed.start_iter == 3
@@ -128,6 +137,50 @@ def test_what_fails_after_a_signal_has_ended_an_evaluation_does_not_hide_it():
             raise RuntimeError("DataLoader worker is killed by signal: Terminated")
     with pytest.raises(RuntimeError, match="of its own"), StopRequest().ending_at_once():
         raise RuntimeError("of its own")
+
+
+def test_the_second_interrupt_is_not_waited_for_and_the_first_says_so(caplog):
+    stop = StopRequest()
+    with stop.listening():
+        send(signal.SIGINT)()
+        assert stop.number == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)()
+    (message,) = caplog.messages
+    assert "--resume" in message and "second Ctrl-C" in message
+
+
+def test_under_torchrun_which_passes_them_on_interrupts_count_as_one(monkeypatch, caplog):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    stop = StopRequest()
+    with stop.listening():
+        send(signal.SIGINT)()
+        send(signal.SIGINT)()
+    assert stop() and "second" not in caplog.text
+
+
+def test_interrupts_that_others_handle_or_ignore_are_left_to_them():
+    stop, seen = StopRequest(), []
+    for handler in (lambda *args: seen.append(args[0]), signal.SIG_IGN):
+        signal.signal(signal.SIGINT, handler)
+        with stop.listening():
+            send(signal.SIGINT)()
+        assert signal.getsignal(signal.SIGINT) is handler
+    assert seen == [signal.SIGINT] and not stop()
+
+
+def test_worker_processes_that_hear_of_an_interrupt_go_on(caplog):
+    def work() -> None:
+        send(signal.SIGINT)()
+        os._exit(7 if not caplog.messages else 8)
+
+    stop = StopRequest()
+    with stop.listening(), stop.ending_at_once():
+        worker = multiprocessing.get_context("fork").Process(target=work)
+        worker.start()
+        worker.join()
+    assert worker.exitcode == 7
 
 
 def test_other_threads_train_without_handling_signals(trainer):
@@ -375,8 +428,9 @@ def test_a_best_metric_that_is_not_measured_is_told_once_with_those_that_are(
     assert not (tmp_path / "output/model_best.pth").exists()
 
 
-def test_a_signal_before_there_are_processes_to_pass_it_on_to_ends_the_run():
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_before_there_are_processes_to_pass_it_on_to_ends_the_run(number):
     with pytest.raises(Interrupted) as ended, passing_on_to_children():
-        send(signal.SIGUSR1)()
+        send(number)()
         pytest.fail("went on")
-    assert ended.value.code == 128 + signal.SIGUSR1
+    assert ended.value.code == 128 + number

@@ -1,6 +1,7 @@
 """Training, evaluation and resuming, through the same function as the command."""
 
 import json
+import re
 from signal import SIGTERM, getsignal
 
 import pytest
@@ -29,6 +30,10 @@ def test_two_steps_evaluation_and_files_of_both_nano_configs(tiny_run, nano_conf
         assert 0 <= records[-1][f"{task}/AP"] <= 100
     for name in ("model_final.pth", "curves.png", "predictions.png", "config.yaml", "log.txt"):
         assert (output / name).stat().st_size > 0
+    *_, last = (output / "log.txt").read_text().splitlines()
+    assert re.search(
+        r"bbox/AP \d+\.\d, segm/AP \d+\.\d; in .*/output: model_final.pth, pred.*, summary.json", last
+    )
     # The same weights give the same AP when they are loaded again.
     cfg, args = parsed(
         tiny_run(nano_config, "MODEL.WEIGHTS", str(output / "model_final.pth"), options=("--eval-only",))
