@@ -22,9 +22,9 @@ REQUIRES = [
     "Pillow>=9.1",
     "opencv-python>=4.6",
     "pycocotools>=2.0.6",
-    "fvcore>=0.1.5",
+    "fvcore>=0.1.5.post20221221",
     "iopath>=0.1.9",
-    "matplotlib>=3.5.3",
+    "matplotlib>=3.8",
     "safetensors>=0.4",
     # with which Detectron2 crops polygons
     "shapely>=2.0",

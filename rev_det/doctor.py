@@ -25,10 +25,10 @@ OK, NOTE, PROBLEM = "ok", "note", "problem"
 _MIN_TORCH = (2, 6)
 # Relative; what is measured is 1e-6 and below, a wrong gradient is off by 1e-2 and more.
 _GRADIENT_TOLERANCE = 1e-3
-_INSTALL_DETECTRON2 = (
-    "in a checkout of rev_det: make setup; elsewhere, with a compiler: pip install --no-build-isolation "
-    "'git+https://github.com/facebookresearch/detectron2.git@02b5c4e2'"
+_BUILD_DETECTRON2 = (
+    "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git@02b5c4e2'"
 )
+_INSTALL_DETECTRON2 = f"in a checkout of rev_det: make setup; elsewhere, with a compiler: {_BUILD_DETECTRON2}"
 _OPENCV = (
     "opencv-python",
     "opencv-python-headless",
@@ -182,15 +182,16 @@ def _detectron2() -> Iterator[Finding]:
 
 def _extension() -> Finding:
     what = "Detectron2's extension"
-    if _absent("detectron2._C"):
-        detail = "not built, and not needed: NMS and RoIAlign are torchvision's"
-        missing = "rotated boxes and deformable convolutions do not work"
-        return Finding(what, NOTE, f"{detail}; {missing}", "for those, install Detectron2 with a compiler")
-    fix = f"it was built for another PyTorch; pip uninstall detectron2, then {_INSTALL_DETECTRON2}"
-    module, finding = _import("detectron2._C", fix, what)
-    if module is None:
-        return finding
-    return Finding(what, OK, f"built with {module.get_compiler_version()}")
+    found = "not built"
+    if not _absent("detectron2._C"):
+        module, failure = _import("detectron2._C", "", what)
+        if module is not None:
+            return Finding(what, OK, f"built with {module.get_compiler_version()}")
+        found = f"built for another PyTorch ({failure.detail})"
+    detail = "and not needed: NMS and RoIAlign are torchvision's; rotated boxes and deformable convolutions"
+    return Finding(
+        what, NOTE, f"{found}, {detail} do not work", f"for those, with a compiler: {_BUILD_DETECTRON2}"
+    )
 
 
 def _other_packages() -> Iterator[Finding]:

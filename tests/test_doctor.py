@@ -102,16 +102,18 @@ def test_a_package_that_does_not_import_is_a_problem(broken, module, error, what
     assert re.search(fix, finding.fix)
 
 
-def test_an_extension_for_another_pytorch_is_a_problem_and_none_is_not(broken, monkeypatch):
+def test_an_extension_for_another_pytorch_is_as_good_as_none(broken, monkeypatch):
     absent = doctor._absent
     monkeypatch.setattr(doctor, "_absent", lambda name: name == "detectron2._C" or absent(name))
-    assert found("Detectron2's extension").status == NOTE
+    finding = found("Detectron2's extension")
+    assert finding.status == NOTE and finding.detail.startswith("not built, and not needed")
     monkeypatch.setattr(doctor, "_absent", absent)
     monkeypatch.setattr(doctor, "_absent", lambda name: name != "detectron2._C" and absent(name))
     broken("detectron2._C", ImportError("undefined symbol: _ZN3c10"))
     finding = found("Detectron2's extension")
-    assert finding.status == PROBLEM and "undefined symbol" in finding.detail
-    assert "built for another PyTorch" in finding.fix
+    assert finding.status == NOTE and "undefined symbol" in finding.detail
+    assert "built for another PyTorch" in finding.detail and "not needed" in finding.detail
+    assert "no-build-isolation" in finding.fix
 
 
 def test_an_old_pytorch_is_a_problem(monkeypatch):

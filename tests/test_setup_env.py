@@ -57,6 +57,9 @@ def test_half_an_environment_is_removed(tmp_path, monkeypatch):
         ("2.5.1", "torch>=2.6", False),
         ("2.7.0a0+ecf3bae40a.nv25.01", "torch>=2.6", True),
         ("0.1.5.post20221221", "fvcore>=0.1.5", True),
+        ("0.1.5.post20221221", "fvcore>=0.1.5.post20221221", True),
+        ("0.1.5.post20210915", "fvcore>=0.1.5.post20221221", False),
+        ("0.1.6", "fvcore>=0.1.5.post20221221", True),
         ("80.10.2", "setuptools<81", True),
         ("81.0.0", "setuptools<81", False),
         ("2.3.1", "omegaconf>=2.1,<2.4", True),
@@ -72,7 +75,7 @@ def test_bounds(version, requirement, answer):
 
 def test_bounds_in_setup_py_are_of_the_kind_the_installer_reads():
     for requirement in [*REQUIRES, *(line for lines in EXTRAS.values() for line in lines)]:
-        assert re.fullmatch(r"[A-Za-z0-9-]+(>=[\d.]+)?,?(<[\d.]+)?", requirement), requirement
+        assert re.fullmatch(r"[A-Za-z0-9-]+(>=[\d.]+(?:post\d+)?)?,?(<[\d.]+)?", requirement), requirement
 
 
 def test_constraints_keep_what_the_bounds_allow():

@@ -80,17 +80,19 @@ def requirement_name(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", re.split(r"[<>]", requirement)[0]).lower()
 
 
-def release(version: str) -> tuple[int, ...]:
-    """``"2.5.0+cpu"`` -> ``(2, 5)``: without trailing zeros, so that 2.5 and 2.5.0 are equal."""
-    numbers = [int(n) for n in re.match(r"[\d.]*\d|", version).group().split(".") if n]
+def release(version: str) -> tuple[tuple[int, ...], int]:
+    """``"2.5.0+cpu"`` -> ``((2, 5), 0)``: the numbers without trailing zeros, so that 2.5 and 2.5.0 are equal,
+    and that of the post release."""
+    matched = re.match(r"([\d.]*\d|)(?:\.post(\d+))?", version)
+    numbers = [int(n) for n in matched.group(1).split(".") if n]
     while numbers and numbers[-1] == 0:
         numbers.pop()
-    return tuple(numbers)
+    return tuple(numbers), int(matched.group(2) or 0)
 
 
 def satisfies(version: str, requirement: str) -> bool:
     """Whether ``version`` is within the bounds of ``requirement``: >= and <, all that setup.py uses."""
-    for operator, bound in re.findall(r"(>=|<)([\d.]+)", requirement):
+    for operator, bound in re.findall(r"(>=|<)([\d.]+(?:post\d+)?)", requirement):
         if (release(version) >= release(bound)) != (operator == ">="):
             return False
     return True

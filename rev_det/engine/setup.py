@@ -173,7 +173,9 @@ def _silence() -> Iterator[None]:
 
 def _merge(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
     if not config_file:
-        raise ValueError("--config-file is missing; the configs are below configs/")
+        raise ValueError(
+            "--config-file is missing; the configs are below configs/, or name a model of the zoo"
+        )
     if not os.path.isfile(config_file):
         raise FileNotFoundError(f"--config-file {config_file} does not exist")
     misplaced = [word for word in opts if word.startswith("--")]

@@ -53,7 +53,8 @@ class OutputLinear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _gradient_only.get():
+        # torch.compile and torch.export of older torch cannot trace a context variable.
+        if torch.compiler.is_compiling() or not _gradient_only.get():
             return super().forward(x)
         weight, bias = self.weight, self.bias
         if torch.is_autocast_enabled(x.device.type):
