@@ -81,7 +81,7 @@ def requirement_name(requirement: str) -> str:
 
 
 def release(version: str) -> tuple[tuple[int, ...], int]:
-    """``"2.5.0+cpu"`` -> ``((2, 5), 0)``: the numbers without trailing zeros, so that 2.5 and 2.5.0 are equal,
+    """``"2.5.0+cpu"`` -> ``((2, 5), 0)``: the numbers without trailing zeros, as 2.5 and 2.5.0 are equal,
     and that of the post release."""
     matched = re.match(r"([\d.]*\d|)(?:\.post(\d+))?", version)
     numbers = [int(n) for n in matched.group(1).split(".") if n]
