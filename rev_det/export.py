@@ -439,13 +439,18 @@ def _in_order(found: _Outputs, expected: _Outputs, shape: tuple[int, ...]) -> _O
             f"the exported file differs from the model on an input of shape {shape}: it detects "
             f"{len(found['scores'])} objects, and not {count}"
         )
-    if count == 0:
-        return found
     distance = torch.cdist(expected["pred_boxes"], found["pred_boxes"], p=float("inf"))
     other_class = expected["pred_classes"][:, None] != found["pred_classes"]
-    order = distance.masked_fill(other_class, float("inf")).argmin(dim=1)
-    if len(order.unique()) < count:
-        raise ValueError(
-            f"the exported file differs from the model on an input of shape {shape}: it detects other objects"
-        )
+    distance.masked_fill_(other_class, float("inf"))
+    order = []
+    for row in distance:
+        nearest = int(row.argmin())
+        if torch.isinf(row[nearest]):
+            raise ValueError(
+                f"the exported file differs from the model on an input of shape {shape}: it detects other "
+                "objects"
+            )
+        order.append(nearest)
+        # Boxes that reach beyond the image are equal once they are clipped to it.
+        distance[:, nearest] = float("inf")
     return {name: value if name == "image_size" else value[order] for name, value in found.items()}

@@ -285,6 +285,13 @@ def test_detections_of_nearly_equal_scores_may_change_places():
         module._in_order(fewer, expected, (3, 64, 64))
 
 
+def test_detections_of_one_class_and_box_are_as_many_in_both():
+    boxes = torch.tensor([[0.0, 0, 96, 64], [0, 0, 96, 64], [5, 5, 9, 9]])
+    expected = {"pred_boxes": boxes, "scores": torch.tensor([0.9, 0.8, 0.7]), "pred_classes": torch.zeros(3)}
+    found = module._in_order(expected, expected, (3, 64, 96))
+    assert torch.equal(found["scores"], expected["scores"])
+
+
 def test_not_a_number_is_not_equal(tmp_path, monkeypatch):
     model = build(mask_rcnn_mvit)
     with torch.no_grad():

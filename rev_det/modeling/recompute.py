@@ -353,7 +353,6 @@ def sample_chunks(module: nn.Module, x: Tensor) -> int:
     return module.sample_chunks(x) if hasattr(module, "sample_chunks") else 1
 
 
-@torch.compiler.disable
 def recompute(module: nn.Module, *inputs: Tensor, chunks: int = 1) -> Tensor:
     """Apply a module and keep its inputs only; the backward pass computes the rest again.
 
@@ -364,8 +363,12 @@ def recompute(module: nn.Module, *inputs: Tensor, chunks: int = 1) -> Tensor:
         inputs: tensors; with ``chunks`` > 1 all of shape (B, N, ...), treated independently along N.
         chunks: number of parts, along dimension 1, in which to compute; the working memory is that of one.
     """
-    if not torch.is_grad_enabled():
-        return module(*inputs)
+    return _recompute(module, inputs, chunks) if torch.is_grad_enabled() else module(*inputs)
+
+
+# torch.compile cannot trace the nested graph of the backward pass: it breaks its graph here, for training alone.
+@torch.compiler.disable
+def _recompute(module: nn.Module, inputs: Sequence[Tensor], chunks: int) -> Tensor:
     parameters = [p for p in module.parameters() if p.requires_grad]
     return _Recompute.apply(module, chunks, len(inputs), *inputs, *parameters)
 

@@ -69,7 +69,14 @@ def dotted(settings: dict[str, str]) -> dict[str, str]:
 
 def start(*command: str) -> subprocess.Popen:
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "bufsize": 1}
-    return subprocess.Popen([sys.executable, *command], env=ENVIRONMENT, start_new_session=True, **output)
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env=ENVIRONMENT,
+        start_new_session=True,
+        # Shells have programs in the background ignore Ctrl-C, and these would inherit it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **output,
+    )
 
 
 def finish(process: subprocess.Popen) -> str:
