@@ -51,7 +51,13 @@ EXTRAS = {
     "eval": ["faster-coco-eval>=1.6"],
     # detectors as ONNX, and the check that they compute the same
     "export": ["onnx>=1.17", "onnxruntime>=1.20"],
-    "docs": ["mkdocs-material>=9.5", "mkdocstrings>=0.26", "mkdocstrings-python>=1.12"],
+    # The mkdocstrings of Python 3.10 does not go with newer pymdown-extensions.
+    "docs": [
+        "mkdocs-material>=9.5",
+        "mkdocstrings>=0.26",
+        "mkdocstrings-python>=1.12",
+        "pymdown-extensions<12",
+    ],
 }
 
 # All four provide the same cv2 folder: an environment should hold only one of them.
