@@ -7,6 +7,15 @@ trains with `Trainer`, Detectron2's ``DefaultTrainer`` with this project's optim
 
 import os
 import sys
+from importlib.util import find_spec
+
+for module, name in (("torch", "PyTorch"), ("detectron2", "Detectron2")):
+    if find_spec(module) is None:
+        sys.stderr.write(
+            f"error: {name} is not installed in {sys.executable}; first 'source .venv/bin/activate', "
+            "or 'make setup'\n"
+        )
+        sys.exit(2)
 
 # Read when torch is imported: threads that wait for work shall sleep. By default they spin, which makes
 # training on the CPU several times slower as soon as another program wants one of the cores.

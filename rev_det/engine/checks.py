@@ -131,6 +131,27 @@ def check_training_data(cfg: CfgNode) -> None:
     )
 
 
+def check_datasets_named(cfg: CfgNode, names: Sequence[str], eval_only: bool) -> None:
+    """Check that datasets of the command line are used: without them a run would be one on other data.
+
+    Args:
+        cfg: a config with all keys of the command line.
+        names: what ``--dataset`` registers. A training set, as ``DATASETS.TRAIN`` names it, may be among them
+            for an evaluation too.
+        eval_only: which key the way out names.
+
+    Raises:
+        ValueError: neither ``DATASETS.TRAIN`` nor ``DATASETS.TEST`` has one of the names.
+    """
+    for name in names:
+        if name not in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+            key = "TEST" if eval_only else "TRAIN"
+            raise ValueError(
+                f"--dataset '{name}' is in neither DATASETS.TRAIN nor DATASETS.TEST; "
+                f"add DATASETS.{key} \"('{name}',)\""
+            )
+
+
 def check_dataset_files(key: str, names: Sequence[str]) -> None:
     """Check that files exist. Datasets of Detectron2's own are not looked at any closer until they are used.
 

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from ..advice import hide_advice
 from ..checkpoint import RevCheckpointer
 from ..config_files import find_config_file
 from ..data import register_datasets
+from .console import set_up_run
 from .interruption import (
     STOP_EXIT_CODES,
     Interrupted,
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: a signal has asked the run to stop (128 + its number); ``--resume`` continues it.
     """
     args = argument_parser().parse_args(argv)
-    # What load_config settles is worth seeing. default_setup sees to Detectron2's own loggers.
+    # What load_config settles is worth seeing. set_up_run sees to Detectron2's own loggers.
     setup_logger(name="rev_det", distributed_rank=int(os.environ.get("RANK", 0)))
     try:
         if under_torchrun():
@@ -136,10 +137,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
         with ``--eval-only`` the metrics, as `Trainer.test` returns them; else nothing.
     """
     register_datasets(cfg)
-    default_setup(cfg, args)
-    # `main` already shows rev_det's log on the terminal, but a launched process starts without.
-    shown = bool(logging.getLogger("rev_det").handlers)
-    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="rev_det", configure_stdout=not shown)
+    set_up_run(cfg, args)
     if not args.eval_only:
         trainer = Trainer(cfg)
         if args.resume and not trainer.checkpointer.has_checkpoint():
@@ -173,6 +171,7 @@ def error_line(error: BaseException) -> str:
 
 def _run_process(local_rank: int, cfg: CfgNode, args: argparse.Namespace, errors: Any) -> None:
     """`run`, as one of several processes; ``errors`` (a queue) takes what the user can mend."""
+    hide_advice()
     leave_interrupts_to_parent()
     join_processes(cfg, args, local_rank)
     if torch.device(cfg.MODEL.DEVICE).type == "cpu":

@@ -7,6 +7,9 @@ import math
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+import torch
+from detectron2.solver import build_lr_scheduler
+
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
@@ -16,6 +19,8 @@ _LR_SCALING = {"sqrt": math.sqrt, "linear": lambda factor: factor, "none": lambd
 # Counted in iterations; with smaller batches the same images take more of them. CHECKPOINT_PERIOD stays: it
 # bounds what an interruption may cost, which is time and not images.
 _ITERATIONS = ("SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS", "TEST.EVAL_PERIOD")
+# Of SOLVER.BASE_LR: with a learning rate that stays below, a run is another one than was asked for.
+_ENOUGH = 0.5
 
 
 def rescale_schedule(cfg: CfgNode, fixed: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
@@ -80,20 +85,40 @@ def rescale_schedule(cfg: CfgNode, fixed: Collection[str] = ()) -> dict[str, tup
 
 
 def warn_of_long_warmup(cfg: CfgNode) -> None:
-    """Say so if the learning rate is still rising when it should fall, or when training ends."""
+    """Say so if the learning rate stays below half of ``SOLVER.BASE_LR``: it falls while it is warmed up.
+
+    Args:
+        cfg: a config whose scheduler can be built.
+    """
     solver = cfg.SOLVER
-    ends = [("MAX_ITER", solver.MAX_ITER), *(("STEPS", step) for step in solver.STEPS[:1])]
-    if "MultiStep" not in solver.LR_SCHEDULER_NAME:
-        ends = ends[:1]
-    name, end = min(ends, key=lambda pair: pair[1])
-    if solver.WARMUP_ITERS >= end:
+    reached = _highest_multiplier(cfg)
+    if reached < _ENOUGH:
+        ends = [solver.MAX_ITER, *(solver.STEPS[:1] if "MultiStep" in solver.LR_SCHEDULER_NAME else ())]
         logger.warning(
-            "SOLVER.WARMUP_ITERS is %d, not below SOLVER.%s %d: the learning rate will not reach "
-            "SOLVER.BASE_LR. Set a shorter warm-up",
+            "SOLVER.WARMUP_ITERS is %d, too long for this schedule of %d iterations: the learning rate will "
+            "not exceed %.0f %% of SOLVER.BASE_LR. Set a shorter warm-up, such as SOLVER.WARMUP_ITERS %d",
             solver.WARMUP_ITERS,
-            name,
-            end,
+            solver.MAX_ITER,
+            100 * reached,
+            min(ends) // 10,
         )
+
+
+def _highest_multiplier(cfg: CfgNode) -> float:
+    """The largest factor by which the scheduler multiplies learning rates, at about a thousand iterations."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    last = cfg.SOLVER.MAX_ITER - 1
+    # Detectron2 leaves out later steps, and says so where it trains.
+    cfg.SOLVER.STEPS = tuple(step for step in cfg.SOLVER.STEPS if step <= last)
+    scheduler = build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], lr=1.0))
+    # The end of the warm-up is the highest point of nearly every schedule.
+    iterations = {*range(0, last + 1, 1 + last // 1000), min(cfg.SOLVER.WARMUP_ITERS, last)}
+    rates = []
+    for iteration in iterations:
+        scheduler.last_epoch = iteration
+        rates += scheduler.get_lr()
+    return max(rates)
 
 
 def _stretch(iterations: int, factor: float) -> int:

@@ -6,9 +6,11 @@ import argparse
 import contextlib
 import difflib
 import functools
+import itertools
 import logging
 import operator
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ from ..data import parse_dataset_argument, register_datasets, resolve_mask_forma
 from .amp import Precision
 from .checks import (
     check_dataset_files,
+    check_datasets_named,
     check_images,
     check_output,
     check_processes,
@@ -99,9 +102,9 @@ def load_config(
     if not eval_only:
         check_solver(cfg)
     rescale_schedule(cfg, fixed=opts[::2])
-    if not eval_only:
-        warn_of_long_warmup(cfg)
-    cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, *map(parse_dataset_argument, datasets)]
+    entries = [parse_dataset_argument(text) for text in datasets]
+    check_datasets_named(cfg, [name for name, *_ in entries], eval_only)
+    cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, *entries]
     train = cfg.DATASETS.TRAIN
     if eval_only:
         cfg.DATASETS.TRAIN = ()
@@ -142,6 +145,8 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     with _silence():
         check_images(cfg, args.eval_only)
         _build_once(cfg, args)
+    if not args.eval_only:
+        warn_of_long_warmup(cfg)
 
 
 def _build_once(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -183,11 +188,9 @@ def _merge(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
         raise ValueError(
             f"{misplaced[0]} comes after the first KEY VALUE pair; options come before all of them"
         )
-    if len(opts) % 2:
-        raise ValueError(
-            f"config keys and values must alternate, but {len(opts)} words are given: {' '.join(opts)}"
-        )
     defaults, known = cfg.clone(), set(_keys(cfg))
+    if len(opts) % 2:
+        raise ValueError(_not_in_pairs(opts, known))
     for key in opts[::2]:
         if key not in known:
             raise ValueError(_unknown_key(key, known))
@@ -213,7 +216,29 @@ def _wrong_type(cfg: CfgNode, key: str, text: str) -> str:
     value = _get(cfg, key)
     if isinstance(value, type(cfg)):
         return f"{key} holds other keys, such as {key}.{next(iter(value))}; set one of those"
-    return f"{key} must be of type {type(value).__name__}, such as {value!r}; got {text!r}"
+    problem = f"{key} must be of type {type(value).__name__}, such as {value!r}; got {text!r}"
+    if isinstance(value, tuple | list):
+        return f'{problem}. On a command line, in quotes: {key} "{_as_sequence(value, text)!r}"'
+    return problem
+
+
+def _as_sequence(value: Sequence, text: str) -> Sequence:
+    """What ``text``, which is no sequence, was probably meant to be; if nobody can tell, ``value``."""
+    words = re.findall(r"[^\s,'\"()\[\]]+", text)
+    with contextlib.suppress(ValueError):
+        # Of values as a config has them: numbers where there are numbers.
+        kind = type(value[0]) if value else str
+        if words and text != "None" and kind in (int, float, str):
+            return type(value)(map(kind, words))
+    return value
+
+
+def _not_in_pairs(opts: Sequence[str], known: set[str]) -> str:
+    pairs = itertools.zip_longest(opts[::2], opts[1::2])
+    key = next((key for key, value in pairs if key in known and (value is None or value in known)), None)
+    if key:
+        return f"{key} has no value: config keys and values must alternate"
+    return f"config keys and values must alternate, but {len(opts)} words are given: {' '.join(opts)}"
 
 
 def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import shlex
 import time
 from typing import Any
 
@@ -27,8 +28,8 @@ logger = logging.getLogger(__name__)
 class Summary(HookBase):
     """Writes ``summary.json`` in ``OUTPUT_DIR`` once training is complete.
 
-    The last line of the log then tells the AP and the files of the run. To be registered on all processes,
-    after the hooks that write these and ``metrics.json``.
+    The last line of the log then tells the AP, the files of the run and how to use them. To be registered on
+    all processes, after the hooks that write these and ``metrics.json``.
 
     Args:
         evaluation: the hook that evaluates.
@@ -55,14 +56,17 @@ class Summary(HookBase):
         logger.info("Training is complete. %s", self._headline())
 
     def _headline(self) -> str:
-        """The AP, and where the files are: what is looked for at the end of a log."""
+        """The AP, where the files are and the next command: what is looked for at the end of a log."""
         folder = self.trainer.cfg.OUTPUT_DIR
         results = [
             f"{name} {value:.1f}" for name, value in self._evaluation.latest.items() if name.endswith("/AP")
         ]
         names = (f"{FINAL}.pth", "predictions.png", "curves.png", "summary.json")
         files = [name for name in names if os.path.exists(os.path.join(folder, name))]
-        return f"{', '.join(results) or 'Not evaluated'}; in {folder}: {', '.join(files)}"
+        return (
+            f"{', '.join(results) or 'Not evaluated'}; in {folder}: {', '.join(files)}; "
+            f"next: rev-det predict IMAGES --run {shlex.quote(folder)}"
+        )
 
     def _collect(self, peaks: list[float]) -> dict[str, Any]:
         trainer, cfg = self.trainer, self.trainer.cfg

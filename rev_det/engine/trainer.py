@@ -250,6 +250,12 @@ class Trainer(DefaultTrainer):
         return f"Losses and images of the step are in {report}; --resume repeats it from model_last_good.pth"
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = super().build_model(cfg)
+        logger.info("The model has %.1f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
+        return model
+
+    @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
 

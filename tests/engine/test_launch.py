@@ -1,16 +1,19 @@
 """The training command: exit codes, the one line of an error, and several processes."""
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import get_cfg
 
-from rev_det.engine import main
+from rev_det.engine import launch, main
 from rev_det.engine.launch import error_line
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -52,6 +55,45 @@ def test_the_program_itself_ends_with_the_exit_code(tiny_run, nano_mvit, tmp_pat
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stdout + done.stderr
     assert not (tmp_path / "output").exists()
+
+
+def test_the_console_stays_readable_and_the_log_has_it_all(tiny_run, nano_mvit, tmp_path):
+    done = train_net(*tiny_run(nano_mvit, "DATASETS.TEST", "()"))
+    assert done.returncode == 0, done.stderr
+    *before, _ = done.stdout.partition("total_loss")[0].splitlines()
+    assert len(before) < 40 and "\x1b" not in done.stdout
+    log = (tmp_path / "output/log.txt").read_text()
+    for message in ("Environment info:", "Contents of args", "Running with full config:", "Model:\n"):
+        assert message in log and message not in done.stdout
+    assert "Loading from  ..." not in done.stdout
+    assert f"Environment, config and model are described in {tmp_path}/output/log.txt" in done.stdout
+    assert re.search(r"The model has \d\.\d M parameters", done.stdout)
+    # Nothing is there twice.
+    for text in (done.stdout, log):
+        assert text.count("Command line arguments: ") == text.count("Training is complete") == 1
+
+
+def test_without_torch_the_program_names_the_way_out_in_one_line():
+    # Isolated and without site-packages, where torch is.
+    command = [sys.executable, "-I", "-S", str(REPOSITORY / "train_net.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    way_out = "first 'source .venv/bin/activate', or 'make setup'"
+    assert done.stderr == f"error: PyTorch is not installed in {sys.executable}; {way_out}\n"
+
+
+def test_a_launched_process_leaves_out_advice_too(monkeypatch):
+    monkeypatch.setattr(launch, "leave_interrupts_to_parent", lambda: None)
+    warn = functools.partial(warnings.warn, stacklevel=2)
+    monkeypatch.setattr(launch, "join_processes", lambda *_: warn("torch.meshgrid: in an upcoming release"))
+    monkeypatch.setattr(launch, "run", lambda *_: warn("something to know"))
+    monkeypatch.setattr(launch.dist, "destroy_process_group", lambda: None)
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE = "cuda"
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        launch._run_process(0, cfg, None, None)
+    assert [str(warning.message) for warning in shown] == ["something to know"]
 
 
 def test_an_error_of_a_data_loader_worker_is_told_without_its_traceback():

@@ -118,19 +118,37 @@ def test_with_iterations_of_ones_own_only_the_rate_follows_the_batch(cfg):
 
 
 @pytest.mark.parametrize(
-    "scheduler, warmup, name",
+    "scheduler, warmup, said",
     [
+        # With SOLVER.GAMMA 0.1, and half a cosine, of which a quarter is left after two thirds.
         ("WarmupMultiStepLR", 749, None),
-        ("WarmupMultiStepLR", 750, "STEPS 750"),
-        ("WarmupCosineLR", 999, None),
-        ("WarmupCosineLR", 1000, "MAX_ITER 1000"),
+        ("WarmupMultiStepLR", 750, ("10 %", "WARMUP_ITERS 75")),
+        ("WarmupCosineLR", 0, None),
+        ("WarmupCosineLR", 499, None),
+        ("WarmupCosineLR", 510, ("48 %", "WARMUP_ITERS 100")),
+        ("WarmupCosineLR", 667, ("25 %", "WARMUP_ITERS 100")),
+        ("WarmupCosineLR", 5000, ("0 %", "WARMUP_ITERS 100")),
+        ("WarmupStepWithFixedGammaLR", 50, None),
     ],
 )
-def test_a_warmup_that_does_not_end_in_time_is_warned_of(cfg, caplog, scheduler, warmup, name):
+def test_a_warmup_that_lasts_until_the_rate_has_fallen_is_warned_of(cfg, caplog, scheduler, warmup, said):
     cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.WARMUP_ITERS = scheduler, warmup
     with caplog.at_level(logging.WARNING, "rev_det"):
         warn_of_long_warmup(cfg)
-    if name is None:
+    if said is None:
         assert not caplog.text
-    else:
-        assert f"WARMUP_ITERS is {warmup}, not below SOLVER.{name}" in caplog.text
+        return
+    share, way_out = said
+    assert f"WARMUP_ITERS is {warmup}, " in caplog.text
+    assert f"will not exceed {share} of SOLVER.BASE_LR" in caplog.text
+    assert caplog.text.endswith(f"such as SOLVER.{way_out}\n")
+    caplog.clear()
+    cfg.SOLVER.WARMUP_ITERS = int(way_out.split()[1])
+    warn_of_long_warmup(cfg)
+    assert not caplog.text
+
+
+def test_steps_after_the_end_are_left_to_detectron2_to_speak_of(cfg, caplog):
+    cfg.SOLVER.STEPS = (750, 2000)
+    warn_of_long_warmup(cfg)
+    assert not caplog.text and cfg.SOLVER.STEPS == (750, 2000)

@@ -70,7 +70,13 @@ def test_several_processes_on_the_cpu_need_no_gpu(check):
             r"no config key MODEL.REV_MVIT.DEPHT; did you mean MODEL.REV_MVIT.DEPTH\?",
         ),
         (("MODEL.REV_MVIT.DEPTH", "nine"), "MODEL.REV_MVIT.DEPTH"),
-        (("MODEL.MASK_ON",), "keys and values must alternate"),
+        (("MODEL.MASK_ON",), "MODEL.MASK_ON has no value: config keys and values must alternate"),
+        (("SOLVER.MAX_ITER", "SOLVER.BASE_LR", "0.1"), "SOLVER.MAX_ITER has no value"),
+        (("MODEL.MASK_ON", "True", "False"), r"must alternate, but \d+ words are given: .* True False"),
+        (("DATASETS.TRAIN", "few"), r"""in quotes: DATASETS.TRAIN "\('few',\)"$"""),
+        (("DATASETS.TRAIN", "(a, b)"), r"""DATASETS.TRAIN "\('a', 'b'\)"$"""),
+        (("SOLVER.STEPS", "5"), r"""SOLVER.STEPS "\(5,\)"$"""),
+        (("MODEL.ANCHOR_GENERATOR.SIZES", "8"), r"""MODEL.ANCHOR_GENERATOR.SIZES "\[\[.*\]\]"$"""),
         (("--resume", "True"), "--resume comes after the first KEY VALUE pair"),
         (("MODEL.DEVICE", "gpu"), "MODEL.DEVICE is 'gpu'; allowed are 'cuda' and 'cpu'"),
         (("MODEL.DEVICE", "meta"), "MODEL.DEVICE is 'meta'; allowed are 'cuda' and 'cpu'"),
@@ -280,12 +286,47 @@ def test_resuming_from_a_checkpoint_does_not_look_at_the_weights(check, tmp_path
         check("MODEL.WEIGHTS", "/no/such/weights.pth")
 
 
-def test_datasets_of_detectron2_that_are_not_there_are_an_error(check, monkeypatch, tmp_path):
+def test_datasets_of_detectron2_that_are_not_there_are_an_error(nano_mvit, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    opts = ["DATASETS.TRAIN", "('coco_2017_train',)", "DATASETS.TEST", "('coco_2017_val',)"]
+    args = argument_parser().parse_args(["--config-file", nano_mvit, *opts])
     with pytest.raises(
         FileNotFoundError, match="instances_val2017.json of dataset 'coco_2017_val'.*DETECTRON2_DATA"
     ):
-        check("DATASETS.TRAIN", "('coco_2017_train',)", "DATASETS.TEST", "('coco_2017_val',)")
+        check_run(load_config(nano_mvit, opts), args)
+
+
+def test_a_dataset_of_the_command_line_that_no_key_names_is_an_error(
+    tiny_dataset, nano_mvit, monkeypatch, tmp_path, capsys
+):
+    # Where the config's own sets, the shapes, would be drawn.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    words = ["--config-file", nano_mvit, "--dataset", tiny_dataset]
+    for more, key in (([], "TRAIN"), (["--eval-only"], "TEST")):
+        assert main([*words, *more]) == 2
+        assert capsys.readouterr().err == (
+            "error: --dataset 'tiny' is in neither DATASETS.TRAIN nor DATASETS.TEST; "
+            f"add DATASETS.{key} \"('tiny',)\"\n"
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_evaluation_may_name_the_training_set_too(tiny_dataset, nano_mvit):
+    train = tiny_dataset.replace("tiny=", "also_tiny=")
+    opts = ["DATASETS.TRAIN", "('also_tiny',)", "DATASETS.TEST", "('tiny',)", "MODEL.DEVICE", "cpu"]
+    cfg = load_config(nano_mvit, opts, [train, tiny_dataset], eval_only=True)
+    assert cfg.DATASETS.TRAIN == ("also_tiny",)
+
+
+def test_a_long_warmup_is_warned_of_when_training_and_not_when_evaluating(check, caplog, tmp_path):
+    opts = ("SOLVER.MAX_ITER", "150", "SOLVER.WARMUP_ITERS", "100")
+    path = str(tmp_path / "detector.pth")
+    torch.save({"model": build_model(check(*opts)).state_dict()}, path)
+    assert "will not exceed 25 % of SOLVER.BASE_LR" in caplog.text
+    caplog.clear()
+    check("MODEL.WEIGHTS", path, *opts, options=("--eval-only",))
+    assert "SOLVER.BASE_LR" not in caplog.text
 
 
 def test_a_missing_config_is_an_error(tmp_path):

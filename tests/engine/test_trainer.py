@@ -30,10 +30,15 @@ def test_two_steps_evaluation_and_files_of_both_nano_configs(tiny_run, nano_conf
         assert 0 <= records[-1][f"{task}/AP"] <= 100
     for name in ("model_final.pth", "curves.png", "predictions.png", "config.yaml", "log.txt"):
         assert (output / name).stat().st_size > 0
-    *_, last = (output / "log.txt").read_text().splitlines()
+    log = output / "log.txt"
+    *_, last = log.read_text().splitlines()
     assert re.search(
-        r"bbox/AP \d+\.\d, segm/AP \d+\.\d; in .*/output: model_final.pth, pred.*, summary.json", last
+        r"bbox/AP \d+\.\d, segm/AP \d+\.\d; in .*/output: model_final.pth, pred.*, summary.json; "
+        r"next: rev-det predict IMAGES --run .*/output$",
+        last,
     )
+    # Of two runs in one process, as here, the second also goes on with the log of the first.
+    files = {path: path.read_bytes() for path in output.iterdir() if path.is_file() and path != log}
     # The same weights give the same AP when they are loaded again.
     cfg, args = parsed(
         tiny_run(nano_config, "MODEL.WEIGHTS", str(output / "model_final.pth"), options=("--eval-only",))
@@ -41,6 +46,11 @@ def test_two_steps_evaluation_and_files_of_both_nano_configs(tiny_run, nano_conf
     results = run(cfg, args)
     for task in ("bbox", "segm"):
         assert results[task]["AP"] == pytest.approx(records[-1][f"{task}/AP"], nan_ok=True)
+    # Of the run nothing has changed; the evaluation has files of its own.
+    assert {path: path.read_bytes() for path in output.iterdir() if path.is_file() and path != log} == files
+    assert "model_final.pth" not in files[output / "config.yaml"].decode()
+    assert "model_final.pth" in (output / "inference/config.yaml").read_text()
+    assert "bbox" in (output / "inference/log.txt").read_text()
 
 
 def test_training_and_evaluation_in_bfloat16_on_the_cpu(tiny_run, nano_config, monkeypatch):
