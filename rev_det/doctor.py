@@ -98,7 +98,7 @@ def _cuda() -> Finding:
         listed = "; ".join(f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB" for gpu in gpus)
         return Finding("CUDA", OK, f"{listed}; mixed precision in {'bfloat16' if bf16 else 'float16'}")
     if not driver:
-        return Finding("CUDA", NOTE, "no NVIDIA GPU: everything runs on the CPU, MODEL.DEVICE cpu")
+        return Finding("CUDA", NOTE, "no NVIDIA GPU: everything runs on the CPU, nothing to set")
     if torch.version.cuda is None:
         fix = "install the CUDA build: pip uninstall torch torchvision, then pip install torch torchvision"
         return Finding("CUDA", PROBLEM, "there is a GPU, but this PyTorch is built for the CPU", fix)
@@ -214,7 +214,7 @@ def _other_packages() -> Iterator[Finding]:
             yield finding
     if not broken:
         yield Finding(
-            "other packages", OK, f"numpy {_version('numpy')}, pycocotools, fvcore and others import"
+            "other packages", OK, f"numpy {_version('numpy')}, pycocotools, fvcore and others can be imported"
         )
     if _absent("faster_coco_eval"):
         detail = "evaluation is pycocotools', several times slower than it could be"

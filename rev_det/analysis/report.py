@@ -21,6 +21,8 @@ from rich.table import Table
 from .. import __version__
 
 COUNTED, MEASURED, PUBLISHED = "counted", "measured", "published"
+# Labels of what stands beside each other; rows that differ in others may be in tables of their own.
+_COMPARED = ("model", "training")
 
 
 @dataclass(frozen=True)
@@ -254,10 +256,39 @@ def format_value(figure: Figure) -> str:
 def _print_figures(
     console: Console, title: str, rows: Sequence[Row], part: Callable[[Row], dict[str, Figure]]
 ) -> None:
+    for table in _fitting(console, title, rows, part):
+        print_table(console, table)
+
+
+def _fitting(
+    console: Console, title: str, rows: Sequence[Row], part: Callable[[Row], dict[str, Figure]]
+) -> list[Table]:
+    """One table, or several if it is too wide both ways: Rich leaves out columns that find no room."""
     table = _table(title, rows, part)
-    if _extent(console, table).minimum > console.width:
-        table = min(table, _turned(table), key=lambda table: _extent(console, table).minimum)
-    print_table(console, table)
+    for whole in (table, _turned(table)):
+        if _fits(console, whole):
+            return [whole]
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        settings = (item for item in row.labels.items() if item[0] not in _COMPARED)
+        groups.setdefault(tuple(settings), []).append(row)
+    if len(groups) > 1:
+        return [small for group in groups.values() for small in _fitting(console, title, group, part)]
+    pieces: list[Table] = []
+    chosen: list[str] = []
+    for name in dict.fromkeys(name for row in rows for name in part(row)):
+        wider = _narrow(_table(title, rows, part, (*chosen, name)))
+        if pieces and _fits(console, wider):
+            pieces[-1] = wider
+            chosen.append(name)
+        else:
+            chosen = [name]
+            pieces.append(_narrow(_table(title, rows, part, chosen)))
+    return pieces
+
+
+def _fits(console: Console, table: Table) -> bool:
+    return _extent(console, table).minimum <= console.width
 
 
 def _extent(console: Console, table: Table) -> Measurement:
@@ -278,10 +309,29 @@ def _turned(table: Table) -> Table:
     return turned
 
 
-def _table(title: str, rows: Sequence[Row], part: Callable[[Row], dict[str, Figure]]) -> Table:
+def _narrow(table: Table) -> Table:
+    """The same with all labels in one column."""
+    narrow = Table(title=table.title, title_justify="left")
+    labels = [column for column in table.columns if column.justify != "right"]
+    figures = [column for column in table.columns if column.justify == "right"]
+    narrow.add_column(", ".join(str(column.header) for column in labels))
+    for column in figures:
+        narrow.add_column(column.header, justify="right")
+    joined = [", ".join(map(str, cells)) for cells in zip(*(column.cells for column in labels), strict=True)]
+    for label, *values in zip(joined, *(column.cells for column in figures), strict=True):
+        narrow.add_row(label, *values)
+    return narrow
+
+
+def _table(
+    title: str,
+    rows: Sequence[Row],
+    part: Callable[[Row], dict[str, Figure]],
+    figures: Sequence[str] | None = None,
+) -> Table:
     """Labels to the left, figures to the right; what is the same everywhere goes into the title."""
     labels = list(dict.fromkeys(name for row in rows for name in row.labels))
-    names = list(dict.fromkeys(name for row in rows for name in part(row)))
+    names = figures or list(dict.fromkeys(name for row in rows for name in part(row)))
     kinds = {name: _kinds(part(row)[name] for row in rows if name in part(row)) for name in names}
     same = common_labels(rows)
     common = [label_text(name, value) for name, value in same.items() if len(rows) > 1]

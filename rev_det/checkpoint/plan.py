@@ -20,6 +20,7 @@ _CLASS_ROWS = re.compile(
     r"(?:.*\.)?(?:((?:roi_heads\.box_predictor(?:\.\d+)?|head)\.cls_score|sem_seg_head\.predictor)"
     r"|roi_heads\.(?:box_predictor(?:\.\d+)?\.bbox_pred|mask_head\.predictor))\.(?:weight|bias)"
 )
+_MASK_HEAD = "roi_heads.mask_head."
 
 
 @dataclass(frozen=True)
@@ -275,10 +276,28 @@ class _Planner:
                 f"Evaluate weights for the model's classes, or set {self._classes[0]}.NUM_CLASSES to the "
                 "file's; strict=False (MODEL.REV.STRICT_WEIGHTS False) leaves these heads as initialised"
             )
+        differing = {*self.report.missing, *self.report.unexpected, *self.mismatched}
+        if self.source.layout == "rev_det" and not any(key.startswith(self.prefix) for key in differing):
+            return self._way_out_of_heads(differing)
         node = "MODEL.REV_MVIT" if is_mvit(self.source.backbone) else "MODEL.REV_VIT"
         return (
             f"Take the file that is meant for this model, or set {node} to what the file holds; strict=False "
             "(MODEL.REV.STRICT_WEIGHTS False) loads what fits and leaves the rest as initialised"
+        )
+
+    def _way_out_of_heads(self, differing: set[str]) -> str:
+        """Where the backbones agree, and what is built upon them does not."""
+        masks = [key for key in differing if key.startswith(_MASK_HEAD)]
+        advice = (
+            "The backbones agree, what is built on them does not. Take the config that the file was trained "
+            "with (config.yaml of its run) or a file for this one"
+        )
+        if len(masks) == len(differing) and not self.mismatched:
+            on = not self.report.missing
+            advice += f", or set MODEL.MASK_ON {on}: the file was trained {'with' if on else 'without'} masks"
+        return (
+            f"{advice}. strict=False (MODEL.REV.STRICT_WEIGHTS False) loads what fits and leaves the rest as "
+            "initialised"
         )
 
     def _to_model(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

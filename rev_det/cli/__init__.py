@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
@@ -55,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, module in modules.items():
         subparser = subparsers.add_parser(name, help=module.SUMMARY, description=module.__doc__)
         module.add_arguments(subparser)
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        close = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"commands are {', '.join(COMMANDS)}"
+        parser.error(f"there is no command {words[0]!r}; {hint}")
     args = parser.parse_args(words)
     hide_advice()
     try:

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--output", default="predictions", metavar="DIR", help="folder (default: predictions)")
     what.add_argument("--threshold", type=float, default=0.5, metavar="S", help="lowest score (default: 0.5)")
     what.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="these alone (default: all)")
-    what.add_argument("--no-pictures", action="store_true", help="write the JSON files alone")
+    what.add_argument("--no-pictures", action="store_true", help="write the JSON files alone: much faster")
     how = parser.add_argument_group("how")
     how.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at a time (default: 1)")
     how.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
@@ -103,13 +103,16 @@ def run(args: argparse.Namespace) -> int:
         total = sum(source.num_frames() for source in sources)
         # In a file each step of the bar is a line.
         interval = 0.1 if sys.stderr.isatty() else 10.0
-        title = f"predict ({detector.precision})"
+        title = f"predict{'' if args.no_pictures else ' and draw'} ({detector.precision})"
         with tqdm(total=total, unit="image", desc=title, mininterval=interval) as bar:
             failures = predict(detector, sources, writer, args.batch_size, bar.update)
     print(_summary(writer, len(sources) - len(failures)))
     if not writer.counts and len(failures) < len(sources):
         print(_nothing_found(detector, sources, args.classes))
     print(f"written to {writer.folder}")
+    if others := writer.others():
+        pictures = f"{others} picture{'s' * (others != 1)}"
+        print(f"{writer.folder} also holds {pictures} that this call has not written")
     if failures:
         sys.stderr.write(f"{len(failures)} of {len(sources)} files could not be read:\n")
         for path, reason in failures:
@@ -120,11 +123,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _summary(writer: PredictionWriter, files: int) -> str:
     found = writer.counts.most_common()
-    listed = ", ".join(f"{count} {name}" for name, count in found[:_LISTED])
+    listed = ", ".join(f"{name}: {count}" for name, count in found[:_LISTED])
     more = f" and {len(found) - _LISTED} more classes" if len(found) > _LISTED else ""
     objects = sum(writer.counts.values())
     what = f"{objects} object{'s' * (objects != 1)} in {files} file{'s' * (files != 1)}"
-    return f"{what}{': ' if listed else ''}{listed}{more}"
+    return f"{what} ({listed}{more})" if listed else what
 
 
 def _nothing_found(detector: Detector, sources: Sequence[Source], classes: Sequence[str]) -> str:

@@ -19,6 +19,8 @@ from .validation import MIN_BOX_SIDE, NUM_NAMED, check_coco_json, is_valid_polyg
 
 # Training stops, or its result means nothing; training goes on, but hardly as it was meant; worth knowing.
 ERROR, WARNING, NOTE = "error", "warning", "note"
+# How `validation` words what is counted here, too.
+_COUNTED = ("has duplicate ids", "annotations have a '", "check the image folder")
 # Pixels that a box or mask may reach over the border, as rounding does.
 _BORDER = 1.0
 # A mask's extent may differ from its box by this many pixels, or this share of the box's side.
@@ -99,14 +101,17 @@ def check_data(
     )
     report.num_images, report.num_instances = len(images), len(annotations)
     report.classes = tuple(sorted((category["id"], category["name"]) for category in categories))
-    if refusal:
-        report.add(ERROR, f"training refuses these data: {refusal}")
     for section, records in (("images", images), ("categories", categories), ("annotations", annotations)):
         twice = [str(key) for key, count in Counter(r["id"] for r in records).items() if count > 1]
         report.add_share(ERROR, twice, len(records), f"ids of '{section}' are given more than once")
     _check_classes(report, categories, annotations)
     _check_annotations(report, {image["id"]: image for image in images}, annotations)
     _check_images(report, image_root, images, annotations, done)
+    counted = any(words in refusal for words in _COUNTED) and any(
+        f.severity == ERROR for f in report.findings
+    )
+    if refusal and not counted:
+        report.findings.insert(0, Finding(ERROR, f"training refuses these data: {refusal}"))
     order = (ERROR, WARNING, NOTE)
     report.findings.sort(key=lambda finding: order.index(finding.severity))
     return report
@@ -177,14 +182,16 @@ def _check_classes(report: DataReport, categories: list[dict], annotations: list
     twice = [name for name, count in names.items() if count > 1]
     report.add_share(WARNING, twice, len(categories), "class names are given more than once")
     known = {category["id"] for category in categories}
-    lost = [f"id {a['id']}" for a in annotations if a["category_id"] not in known]
+    lost = [f"id {a['id']} ({a['category_id']})" for a in annotations if a["category_id"] not in known]
     report.add_share(ERROR, lost, len(annotations), "instances are of a class that is not listed")
 
 
 def _check_annotations(report: DataReport, images: dict[int, dict], annotations: list[dict]) -> None:
     total = len(annotations)
+    if annotations and not any(a.get("segmentation") for a in annotations):
+        report.add(NOTE, "no instance has a mask: train with MODEL.MASK_ON False")
     placed = [a for a in annotations if a["image_id"] in images]
-    lost = [f"id {a['id']}" for a in annotations if a["image_id"] not in images]
+    lost = [f"id {a['id']} ({a['image_id']})" for a in annotations if a["image_id"] not in images]
     report.add_share(ERROR, lost, total, "instances are of an image that is not listed")
     placed = [a for a in placed if _is_box(a["bbox"])]
     if placed and max(max(a["bbox"]) for a in placed) <= 1.0:
@@ -254,7 +261,7 @@ def _check_images(
             else:
                 missing.append(name)
     report.files = dict(files)
-    report.add_share(ERROR, missing, total, "images do not exist")
+    report.add_share(ERROR, missing, total, "images do not exist", f"is {image_root} their folder?")
     report.add_share(ERROR, broken, total, "images cannot be decoded")
     report.add_share(ERROR, sizes, total, "images have another size than their annotations say")
     listed = Counter(image["file_name"] for image in images)

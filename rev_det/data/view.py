@@ -59,7 +59,8 @@ def draw_annotations(
     for axes, record in zip(grid, records, strict=False):
         axes.imshow(_draw(record, metadata))
         # A name, to find the image by; not as a formula.
-        name = f"{Path(record['file_name']).name}: {len(record['annotations'])}"
+        count = len(record["annotations"])
+        name = f"{Path(record['file_name']).name}: {count} instance{'s' * (count != 1)}"
         axes.set_title(name, fontsize=9, parse_math=False)
     figure.savefig(path, dpi=_TILE // 4)
     return len(records)

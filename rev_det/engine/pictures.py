@@ -47,7 +47,7 @@ def draw_curves(metrics_path: str, path: str) -> None:
     names = sorted({name for record in records for name in record})
     inversion = [name for name in names if name.startswith("inversion_error/")]
     panels = 4 if inversion else 3
-    figure = _figure(5 * panels, 4.2)
+    figure = _figure(5 * panels, 4.8)
     losses, rate, precision, *rest = figure.subplots(1, panels)
 
     for name in (name for name in names if name.startswith("loss")):
@@ -61,17 +61,20 @@ def draw_curves(metrics_path: str, path: str) -> None:
         if task:
             # With several test sets the name starts with that of the set.
             _plot(precision, records, name, label=name.replace(task, _AP[task]), marker="o")
-    precision.set(title="COCO AP", ylim=(0, 100))
+    # A first or last point lies whole within the frame.
+    precision.set(title="COCO AP", ylim=(-3, 103))
     for name in inversion:
         _plot(rest[0], records, name, label=name.partition("/")[2], marker="o")
     for axes in rest:
         axes.set(title="relative error of rebuilt inputs", yscale="log")
 
     for axes in (losses, rate, precision, *rest):
-        axes.set(xlabel="iteration", xlim=(0, max(1, *(record["iteration"] for record in records))))
+        last = max(1, *(record["iteration"] for record in records))
+        axes.set(xlabel="iteration", xlim=(-0.03 * last, 1.03 * last))
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
+            # Below the frame, where there is no curve to cover.
+            axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     figure.savefig(path, dpi=100)
 
 

@@ -366,7 +366,7 @@ def recompute(module: nn.Module, *inputs: Tensor, chunks: int = 1) -> Tensor:
     return _recompute(module, inputs, chunks) if torch.is_grad_enabled() else module(*inputs)
 
 
-# torch.compile cannot trace the nested graph of the backward pass: it breaks its graph here, for training alone.
+# torch.compile cannot trace the nested graph of the backward pass: in training it breaks its graph here.
 @torch.compiler.disable
 def _recompute(module: nn.Module, inputs: Sequence[Tensor], chunks: int) -> Tensor:
     parameters = [p for p in module.parameters() if p.requires_grad]

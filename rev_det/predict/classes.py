@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -77,20 +78,54 @@ def classes_from_json(path: str) -> Classes:
     return Classes(names, ids)
 
 
-def classes_of_config(cfg: CfgNode) -> Classes | None:
+def training_folder(output_dir: str, run: str) -> str | None:
+    """The folder that a training was started in, which the relative paths of its config are of.
+
+    Args:
+        output_dir: ``OUTPUT_DIR``, as the config has it.
+        run: the folder that it is.
+
+    Returns:
+        None if it cannot be told: ``output_dir`` is absolute, or the run was moved.
+    """
+    parts = Path(os.path.normpath(output_dir)).parts
+    found = Path(os.path.abspath(run))
+    start = len(found.parts) - len(parts)
+    return str(Path(*found.parts[:start])) if start > 0 and found.parts[start:] == parts else None
+
+
+def files_of_config(cfg: CfgNode, folders: Sequence[str] = ("",)) -> dict[str, list[str]]:
+    """Where the annotations of each data set may be that a config gives by its file.
+
+    Args:
+        cfg: a config with rev_det's keys.
+        folders: those that relative paths may be of; "" is the current one.
+
+    Returns:
+        paths to try in this order, by the data set's name.
+    """
+    paths = {entry[0]: os.path.expanduser(entry[1]) for entry in cfg.DATASETS.COCO_JSON}
+    return {
+        name: list(dict.fromkeys(os.path.abspath(os.path.join(folder, path)) for folder in folders))
+        for name, path in paths.items()
+    }
+
+
+def classes_of_config(cfg: CfgNode, folders: Sequence[str] = ("",)) -> Classes | None:
     """The classes of the first data set of ``DATASETS`` that is at hand; their images need not be.
 
     Args:
         cfg: a config with rev_det's keys.
+        folders: as `files_of_config`'s.
 
     Returns:
         None if there is no such data set.
     """
-    files = {entry[0]: entry[1] for entry in cfg.DATASETS.COCO_JSON}
+    files = files_of_config(cfg, folders)
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         if name in files:
-            path = os.path.expanduser(files[name])
-            if os.path.isfile(path):
+            path = next(filter(os.path.isfile, files[name]), None)
+            if path is not None:
                 return classes_from_json(path)
         elif name in _SHAPES:
             return Classes(shapes.CLASSES, tuple(range(1, len(shapes.CLASSES) + 1)))

@@ -22,7 +22,7 @@ from ..checkpoint.named import PUBLISHED
 from ..config import add_rev_det_config
 from ..config_files import find_config_file
 from ..engine import Precision
-from .classes import Classes, classes_from_json, classes_of_config
+from .classes import Classes, classes_from_json, classes_of_config, files_of_config, training_folder
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -220,8 +220,11 @@ def load_detector(
     device = _check_device(device)
     cfg = read_config(origin.config_file, opts, device)
     cfg.defrost()
-    found = classes_from_json(dataset_json) if dataset_json else _classes_of(origin.config_file, opts)
-    classes = _settle_classes(cfg, found, dataset_json, opts)
+    if dataset_json:
+        found, absent = classes_from_json(dataset_json), ""
+    else:
+        found, absent = _classes_of(origin.config_file, opts)
+    classes = _settle_classes(cfg, found, dataset_json, opts, absent)
     chosen = classes.indices(only) if only else None
     if amp is None:
         amp = cfg.SOLVER.AMP.ENABLED and device != "cpu"
@@ -260,18 +263,29 @@ def _weights_of(config: str) -> str:
     return weights
 
 
-def _classes_of(config_file: str, opts: Sequence[str]) -> Classes | None:
+def _classes_of(config_file: str, opts: Sequence[str]) -> tuple[Classes | None, str]:
+    """The classes of a config's data; if there are none, where they were looked for."""
     cfg = get_cfg()
     add_rev_det_config(cfg)
     cfg.merge_from_file(config_file)
+    start = training_folder(cfg.OUTPUT_DIR, os.path.dirname(config_file))
+    folders = ("",) if start is None else (start, "")
     cfg.merge_from_list(list(opts))
-    return classes_of_config(cfg)
+    found = classes_of_config(cfg, folders)
+    paths = [path for tried in files_of_config(cfg, folders).values() for path in tried]
+    if found is not None:
+        return found, ""
+    return None, f"there is no {' or '.join(paths)}" if paths else "its config names no data at hand"
 
 
 def _settle_classes(
-    cfg: CfgNode, found: Classes | None, dataset_json: str | None, opts: Sequence[str]
+    cfg: CfgNode, found: Classes | None, dataset_json: str | None, opts: Sequence[str], absent: str
 ) -> Classes:
-    """The model's classes; sets its number of classes if that is left to the data (in place)."""
+    """The model's classes; sets its number of classes if that is left to the data (in place).
+
+    Args:
+        absent: why none were found.
+    """
     head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
     key = f"MODEL.{head}.NUM_CLASSES"
     count = cfg.MODEL[head].NUM_CLASSES
@@ -285,9 +299,10 @@ def _settle_classes(
             f"({key}); name the file that it was trained on"
         )
     logger.warning(
-        "The names of the detector's %d classes are not known: the data it was trained on are not at hand. "
-        "They are numbered; --dataset-json FILE, in COCO's format, names them",
+        "The names of the detector's %d classes are not known: %s. They are numbered; --dataset-json FILE, "
+        "in COCO's format, names them",
         count,
+        absent if found is None else f"the data of its config have {len(found.names)}",
     )
     return Classes.numbered(count)
 

@@ -60,6 +60,7 @@ class PredictionWriter:
         self._images: list[dict[str, Any]] = []
         self._results: list[dict[str, Any]] = []
         self._video: _VideoFile | None = None
+        self._written: set[str] = set()
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> PredictionWriter:
@@ -113,6 +114,12 @@ class PredictionWriter:
         ):
             write_whole(str(self.folder / name), partial(_write_json, content))
 
+    def others(self) -> int:
+        """How many pictures and videos are in the folder that this writer has not written."""
+        extensions = (".jpg", *(extension for _, extension in _CODECS))
+        names = {path.name for path in self.folder.iterdir() if path.suffix in extensions}
+        return sum(not name.startswith(".part-") for name in names - self._written)
+
     def _draw(self, frame: Frame, instances: Instances) -> None:
         if frame.index is not None:
             if self._video is None:
@@ -124,11 +131,14 @@ class PredictionWriter:
         visualizer = Visualizer(frame.image, self._metadata, scale=scale)
         picture = visualizer.draw_instance_predictions(instances).get_image()
         save = partial(Image.fromarray(picture).save, quality=_JPEG_QUALITY)
-        write_whole(str(self.folder / f"{frame.source.name}.jpg"), save)
+        name = f"{frame.source.name}.jpg"
+        write_whole(str(self.folder / name), save)
+        self._written.add(name)
 
     def _finish_video(self) -> None:
         if self._video is not None:
             self._video.close()
+            self._written.add(self._video.path.name)
             self._video = None
 
     def _image_id(self, frame: Frame) -> int:
@@ -149,15 +159,15 @@ class _VideoFile:
         self._visualizer = VideoVisualizer(metadata)
         height, width = frame.image.shape[:2]
         for codec, extension in _CODECS:
-            self._path = folder / f"{frame.source.name}{extension}"
+            self.path = folder / f"{frame.source.name}{extension}"
             # A video that a killed program leaves cannot be played.
-            self._part = folder / f".part-{self._path.name}"
+            self._part = folder / f".part-{self.path.name}"
             fourcc = cv2.VideoWriter_fourcc(*codec)
             self._writer = cv2.VideoWriter(str(self._part), fourcc, frame.rate, (width, height))
             if self._writer.isOpened():
                 return
         raise OSError(
-            f"{self._path} cannot be written: OpenCV has no codec for it; --no-pictures writes JSON alone"
+            f"{self.path} cannot be written: OpenCV has no codec for it; --no-pictures writes JSON alone"
         )
 
     def add(self, image: np.ndarray, instances: Instances) -> None:
@@ -166,7 +176,7 @@ class _VideoFile:
 
     def close(self) -> None:
         self._writer.release()
-        os.replace(self._part, self._path)
+        os.replace(self._part, self.path)
 
 
 def check_output(folder: str, sources: Sequence[Source]) -> None:

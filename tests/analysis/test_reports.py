@@ -135,6 +135,27 @@ def test_where_there_is_little_room_no_word_is_broken(width):
         assert not set(words) - set(text.split())
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120])
+def test_however_little_room_there_is_every_figure_is_shown(width):
+    names = ("peak memory", "in all", "FLOPs", "memory, relative", "FLOPs, relative", "backbone: working")
+    trainings = ("cached", "Detectron2's own", "checkpoint, attention kept", "reversible, attention kept")
+    rows = []
+    for size in ("800x1344", "1024x1024"):
+        for training in trainings:
+            values = [200.5 + 10 * len(rows) + index for index in range(len(names))]
+            figures = {n: Figure(v, "GiB", "counted") for n, v in zip(names, values, strict=True)}
+            figures["FLOPs"] = Figure(values[2], "TFLOP", "counted")
+            rows.append(Row({"model": "Rev-MViT-B", "training": training, "size": size}, figures))
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))
+    print_rows(console, "a title", rows)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    for row in rows:
+        for figure in row.figures.values():
+            assert text.split().count(f"{figure.value:.1f}") == 1
+    assert set(" ".join((*names, *trainings)).replace(",", "").split()) <= set(text.replace(",", "").split())
+
+
 def test_nothing_half_written_is_left(tmp_path):
     target = tmp_path / "a.json"
     target.write_text("before")

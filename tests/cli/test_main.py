@@ -46,6 +46,13 @@ def test_what_is_no_command_is_an_error_with_the_usage(arguments, capsys):
     assert capsys.readouterr().err.startswith("usage: rev-det ")
 
 
+def test_a_misspelt_command_comes_with_the_nearest(capsys):
+    assert leave("predct") == 2
+    assert "there is no command 'predct'; did you mean predict?" in capsys.readouterr().err
+    assert leave("qqqq") == 2
+    assert "'qqqq'; commands are train, predict," in capsys.readouterr().err
+
+
 class Failing:
     """A command that ends in an error."""
 

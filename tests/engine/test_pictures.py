@@ -12,7 +12,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
 from rev_det import add_rev_det_config
-from rev_det.engine import draw_curves, draw_predictions
+from rev_det.engine import draw_curves, draw_predictions, pictures
 from rev_det.engine.metrics import end_last_line, read_metrics
 
 
@@ -65,8 +65,25 @@ def test_curves_show_whatever_metrics_there_are(tmp_path):
     )
     with_metrics = matplotlib.image.imread(picture)
     draw_curves(write_metrics(tmp_path / "metrics.json", [1], lr=0.1), str(picture))
-    assert with_metrics.shape == matplotlib.image.imread(picture).shape == (420, 1500, 4)
+    assert with_metrics.shape == matplotlib.image.imread(picture).shape == (480, 1500, 4)
     assert not np.array_equal(with_metrics, matplotlib.image.imread(picture))
+
+
+def test_points_at_the_ends_and_legends_hide_nothing(tmp_path, monkeypatch):
+    figures = []
+    real = pictures._figure
+    monkeypatch.setattr(pictures, "_figure", lambda *size: figures.append(real(*size)) or figures[-1])
+    values = {"loss_cls": 0.5, "total_loss": 1.0, "lr": 0.1, "bbox/AP": 0.0, "segm/AP": 100.0}
+    draw_curves(write_metrics(tmp_path / "metrics.json", [0, 100], **values), str(tmp_path / "curves.png"))
+    for axes in figures[0].axes:
+        frame = axes.get_window_extent()
+        assert not frame.overlaps(axes.get_legend().get_window_extent())
+    _, _, precision = figures[0].axes
+    frame = precision.get_window_extent()
+    for line in precision.lines:
+        assert (
+            np.abs(precision.transData.transform(line.get_xydata())[:, None] - frame.get_points()) > 3
+        ).all()
 
 
 def test_curves_of_nothing_are_an_error(tmp_path):

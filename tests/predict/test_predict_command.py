@@ -29,12 +29,22 @@ def test_pictures_and_results_of_a_folder(nano_run, photos, tmp_path, capsys):
     assert {p.name for p in out.iterdir()} == {"0.jpg", "1.jpg", "2.jpg", "predictions.json", "images.json"}
     results = json.loads((out / "predictions.json").read_text())
     printed, err = capsys.readouterr()
-    line = f"{len(results)} objects in 3 files: "
+    line = f"{len(results)} objects in 3 files ("
     assert line in printed and f"written to {out}" in printed
-    assert re.search(r"predict \(float32 on cpu\): 100%.* 3/3", err)
-    counts = {name: int(n) for n, name in re.findall(r"(\d+) (ant|bee|cat)", printed.split(line)[1])}
+    assert re.search(r"predict and draw \(float32 on cpu\): 100%.* 3/3", err)
+    counts = {name: int(n) for name, n in re.findall(r"(ant|bee|cat): (\d+)", printed.split(line)[1])}
     ids = {"ant": 3, "bee": 7, "cat": 8}
     assert counts == {n: c for n, i in ids.items() if (c := sum(r["category_id"] == i for r in results))}
+
+
+def test_pictures_of_earlier_calls_are_not_passed_over(nano_run, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert command(nano_run, photos, out) == 0
+    assert command(nano_run, photos, out) == 0
+    assert "also holds" not in capsys.readouterr().out
+    (photos / "0.png").unlink()
+    assert command(nano_run, photos, out) == 0
+    assert f"{out} also holds 1 picture that this call has not written\n" in capsys.readouterr().out
 
 
 def test_chosen_classes_alone(nano_run, photos, tmp_path):

@@ -1,5 +1,6 @@
 """A detector from a run's folder, or config and weights: what it is made of, and that it predicts."""
 
+import json
 import logging
 import shutil
 
@@ -126,6 +127,37 @@ def test_classes_of_absent_data_are_numbered_with_a_warning(make_run, caplog):
     )
 
 
+def test_paths_of_a_run_are_of_the_folder_it_was_started_in(
+    nano_run, dataset_json, tmp_path, monkeypatch, caplog
+):
+    cfg = nano_config("data/own.json")
+    cfg.OUTPUT_DIR = "./output/pets"
+    project, elsewhere, moved = tmp_path / "project", tmp_path / "elsewhere", tmp_path / "elsewhere" / "pets"
+    shutil.copytree(nano_run, project / "output" / "pets")
+    (project / "output" / "pets" / "config.yaml").write_text(cfg.dump())
+    shutil.copytree(project / "output" / "pets", moved)
+    (project / "data").mkdir()
+    shutil.copy(dataset_json, project / "data" / "own.json")
+    monkeypatch.chdir(elsewhere)
+    assert load("../project/output/pets").classes.names == CLASSES
+    # What another project has there may be something else.
+    (elsewhere / "data").mkdir()
+    categories = [{"id": index, "name": f"other {index}"} for index in range(3)]
+    (elsewhere / "data" / "own.json").write_text(json.dumps({"categories": categories}))
+    assert load("../project/output/pets").classes.names == CLASSES
+    (elsewhere / "data" / "own.json").unlink()
+    with caplog.at_level(logging.WARNING, "rev_det"):
+        load(moved)
+    assert f"there is no {elsewhere}/data/own.json. They are numbered; --dataset-json" in caplog.text
+
+
+def test_data_of_another_number_of_classes_are_not_said_to_be_absent(make_run, tmp_path, caplog):
+    (tmp_path / "two.json").write_text('{"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}]}')
+    with caplog.at_level(logging.WARNING, "rev_det"):
+        load(make_run(nano_config(str(tmp_path / "two.json"))))
+    assert "detector's 3 classes are not known: the data of its config have 2" in caplog.text
+
+
 def test_a_given_file_names_them(make_run, dataset_json):
     assert load(make_run(nano_config()), dataset_json=dataset_json).classes.names == CLASSES
 
@@ -244,6 +276,18 @@ def test_weights_of_the_backbone_alone_are_refused(nano_run, tmp_path):
     torch.save({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}, tmp_path / "b.pth")
     with pytest.raises(ValueError, match="no detection heads"):
         load_detector(Origin(str(nano_run / "config.yaml"), str(tmp_path / "b.pth")), device="cpu")
+
+
+@pytest.mark.parametrize("trained_with_masks", [False, True])
+def test_weights_with_and_without_masks_are_told_apart(make_run, nano_run, trained_with_masks):
+    cfg = nano_config()
+    cfg.MODEL.MASK_ON = trained_with_masks
+    weights = str(make_run(cfg) / "model_final.pth")
+    options = ("MODEL.MASK_ON", str(not trained_with_masks))
+    with pytest.raises(ValueError) as error:
+        load_detector(Origin(str(nano_run / "config.yaml"), weights), device="cpu", opts=options)
+    assert f"set MODEL.MASK_ON {trained_with_masks}" in str(error.value)
+    assert "config.yaml of its run" in str(error.value) and "REV_MVIT" not in str(error.value)
 
 
 def test_retinanet_predicts_boxes_of_the_datas_classes(make_run, dataset_json):
