@@ -31,7 +31,8 @@ from detectron2.evaluation import coco_evaluation
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from rev_det.analysis.report import check_output, describe_machine, save_json
+from rev_det.analysis.report import describe_machine, save_json
+from rev_det.files import check_output
 
 TASKS = ("bbox", "segm")
 HEIGHT, WIDTH, NUM_CLASSES = 480, 640, 80

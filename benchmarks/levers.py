@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from rev_det.analysis.cases import Case, Counting
 from rev_det.analysis.peers import CACHED, MODELS, REVERSIBLE, REVERSIBLE_KEPT
-from rev_det.analysis.report import COUNTED, Figure, Report, Row, check_output, describe_machine
+from rev_det.analysis.report import COUNTED, Figure, Report, Row, describe_machine
+from rev_det.files import check_output
 from rev_det.modeling import attention, fusion, layers, rev_mvit, reversible
 from rev_det.modeling.attention import MultiHeadPoolingAttention
 from rev_det.modeling.backbone import ReversibleBackbone

@@ -92,8 +92,8 @@ def read_config(config_file: str, opts: Sequence[str], device: str = "cpu") -> C
     """
     no_data = ("DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "DATASETS.COCO_JSON", "[]")
     # The CPU does not train in float16, but what is counted there can be meant for a GPU.
-    # Nobody trains by this schedule: nothing needs to be said about it.
-    no_schedule = ("SOLVER.REFERENCE_IMS_PER_BATCH", "0", "SOLVER.WARMUP_ITERS", "0")
+    # Nobody trains by this schedule: nothing needs to be said about rescaling it.
+    no_schedule = ("SOLVER.REFERENCE_IMS_PER_BATCH", "0")
     settled = (*no_data, *no_schedule, "MODEL.DEVICE", device, "SOLVER.AMP.DTYPE", "auto")
     return load_config(find_config_file(config_file), [*opts, *settled])
 

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
+from ..files import write_whole
 from .peers import DETECTRON2
-from .report import PUBLISHED, Report, Row, common_labels, format_value, label_text, write_whole
+from .report import PUBLISHED, Report, Row, common_labels, format_value, label_text
 
 SUFFIXES = (".png", ".pdf", ".svg")
 # Told apart by colour-blind readers too (Okabe and Ito), and by their markers; ours is the strong blue.

@@ -19,6 +19,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from .. import __version__
+from ..files import write_whole
 
 COUNTED, MEASURED, PUBLISHED = "counted", "measured", "published"
 # Labels of what stands beside each other; rows that differ in others may be in tables of their own.
@@ -180,50 +181,6 @@ def save_csv(path: str, rows: Sequence[Row]) -> None:
                     writer.writerow([*labels, name, figure.value, figure.unit, figure.method])
 
     write_whole(path, write)
-
-
-def check_output(path: str | None, suffixes: Sequence[str] = ()) -> None:
-    """Find before the work what would stop `write_whole` after it.
-
-    Args:
-        path: of a file to be written; None is none.
-        suffixes: those that its name may end with, if not any.
-
-    Raises:
-        FileNotFoundError: the folder of the path does not exist.
-        ValueError: it cannot be written to, or the path is a folder or has another suffix.
-    """
-    if path is None:
-        return
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{path} cannot be written: the folder {folder} does not exist")
-    if os.path.isdir(path) or not os.path.basename(path):
-        raise ValueError(f"{path!r} cannot be written: it is a folder; give the name of a file")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{path} cannot be written: there is no permission to write to the folder {folder}")
-    if suffixes and not path.lower().endswith(tuple(suffixes)):
-        raise ValueError(f"{path} cannot be written: its name must end with {' or '.join(suffixes)}")
-
-
-def write_whole(path: str, write: Callable[[str], Any]) -> None:
-    """Write a file beside its place and move it there when it is complete.
-
-    Args:
-        write: writes the file whose name it is given.
-
-    Raises:
-        FileNotFoundError, ValueError: see `check_output`.
-    """
-    check_output(path)
-    # The suffix stays the last part of the name: it decides the format of pictures.
-    part = os.path.join(os.path.dirname(path), f".part-{os.path.basename(path)}")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
 
 
 def common_labels(rows: Sequence[Row]) -> dict[str, str | int]:

@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
     from ..analysis.cases import read_config
     from ..analysis.plots import SUFFIXES, save_fits
-    from ..analysis.report import check_output, save_csv
+    from ..analysis.report import save_csv
+    from ..files import check_output
     from .bench import parse_size
 
     for path, suffixes in ((args.json, ()), (args.csv, ()), (args.plot, SUFFIXES)):

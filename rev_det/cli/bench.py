@@ -190,7 +190,7 @@ def _check(
 ) -> None:
     """Find before minutes of counting what would stop the command after them."""
     from ..analysis.plots import SUFFIXES
-    from ..analysis.report import check_output
+    from ..files import check_output
 
     if args.preset:
         given = [_flag(name) for name in _CASE_OPTIONS if getattr(args, name) not in (None, False)]

@@ -87,9 +87,9 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _view(args: argparse.Namespace) -> int:
-    from ..analysis.report import check_output, write_whole
     from ..data import parse_dataset_argument, register_coco_json
     from ..data.view import draw_annotations
+    from ..files import check_output, write_whole
 
     name, json_file, image_root = parse_dataset_argument(args.set, "data set")
     path = args.output or f"{name}.png"

@@ -45,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--weights", metavar="FILE", help="of a trained detector")
     model.add_argument(
         "--config-file",
-        "--config",
         metavar="CONFIG",
         help="a YAML file, or the name of a model in the zoo (default: config.yaml beside the weights)",
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import json
 import logging
 import math
 import os
@@ -15,6 +14,7 @@ from typing import Any
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from pycocotools.cocoeval import COCOeval
 
+from ..files import write_json
 from .coco import registered_summary
 from .validation import is_valid_polygon
 
@@ -117,10 +117,7 @@ class RevCOCOEvaluator(COCOEvaluator):
             },
             "per_class": per_class,
         }
-        path = os.path.join(self._output_dir, "results.json")
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
-        os.replace(f"{path}.tmp", path)
+        write_json(os.path.join(self._output_dir, "results.json"), content)
 
 
 def coco_implementation(fast: bool = True) -> tuple[str, Callable[..., COCOeval]]:

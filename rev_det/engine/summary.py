@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -17,6 +16,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from .. import __version__
+from ..files import write_json
 from .amp import Precision
 from .checkpoints import BEST, FINAL, Evaluation
 from .hooks import on_cuda, peak_memory_mib
@@ -50,9 +50,7 @@ class Summary(HookBase):
         if not comm.is_main_process():
             return
         path = os.path.join(self.trainer.cfg.OUTPUT_DIR, "summary.json")
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-            json.dump(self._collect(peaks), file, indent=1, allow_nan=False)
-        os.replace(f"{path}.tmp", path)
+        write_json(path, self._collect(peaks))
         logger.info("Training is complete. %s", self._headline())
 
     def _headline(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import signal
@@ -23,6 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from ..checkpoint import RevCheckpointer
 from ..data import RevCOCOEvaluator, RevDatasetMapper, TrainLoader, build_train_loader
+from ..files import write_json
 from .amp import Precision
 from .checkpoints import Checkpoints, Evaluation, unwritable
 from .evaluation import evaluate_with_augmentation, evaluating
@@ -236,9 +236,7 @@ class Trainer(DefaultTrainer):
         self.iter -= 1
         try:
             if comm.is_main_process():
-                with open(f"{report}.tmp", "w", encoding="utf-8") as file:
-                    json.dump(error.report, file, indent=1)
-                os.replace(f"{report}.tmp", report)
+                write_json(report, error.report)
             self.checkpointer.save("model_last_good", iteration=self.iter)
         # torch raises RuntimeError where its own code writes.
         except (OSError, RuntimeError) as problem:

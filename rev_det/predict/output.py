@@ -19,7 +19,7 @@ from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
-from ..analysis.report import write_whole
+from ..files import write_json, write_whole
 from .classes import Classes
 from .inputs import Frame, Source
 
@@ -112,7 +112,7 @@ class PredictionWriter:
             (RESULTS, self._results),
             (IMAGES, {"images": self._images, "categories": categories}),
         ):
-            write_whole(str(self.folder / name), partial(_write_json, content))
+            write_json(str(self.folder / name), content, indent=None)
 
     def others(self) -> int:
         """How many pictures and videos are in the folder that this writer has not written."""
@@ -197,11 +197,6 @@ def check_output(folder: str, sources: Sequence[Source]) -> None:
             path = os.path.join(folder, f"{source.name}{extension}")
             if os.path.realpath(path) in paths:
                 raise ValueError(f"--output {folder} would overwrite {path}; name another folder")
-
-
-def _write_json(content: Any, path: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file)
 
 
 def _copied(instances: Instances) -> Instances:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from .. import __version__
 from ..config import add_rev_det_config
+from ..files import write_whole
 from .charts import draw_charts
 from .run import Evaluation, Run, split_metric
 
@@ -99,9 +100,7 @@ def write_report(folder: str | os.PathLike, path: str | os.PathLike | None = Non
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--output {path}: the folder {path.parent} does not exist")
     text = render(run)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_whole(str(path), lambda part: Path(part).write_text(text, encoding="utf-8"))
     return path
 
 

@@ -29,12 +29,11 @@ from rev_det.analysis.report import (
     Figure,
     Report,
     Row,
-    check_output,
     describe_machine,
     format_value,
     print_rows,
-    write_whole,
 )
+from rev_det.files import check_output, write_whole
 from rev_det.modeling import RevMViT
 
 VIT = MODELS["rev_vit_s"]
