@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .layers import layer_norm, to_autocast_dtype
-from .recompute import OutputLinear
+from .kept_attention import attention, to_autocast_dtype
+from .layers import layer_norm
 
 
 class MultiHeadAttention(nn.Module):
@@ -28,7 +28,7 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"num_heads must divide the width: {dim} is not a multiple of {num_heads}")
         self.num_heads = num_heads
         self.q, self.k, self.v = (nn.Linear(in_dim or dim, dim, bias=qkv_bias) for _ in range(3))
-        self.proj = OutputLinear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         q, k, v = (linear(x).unflatten(-1, (self.num_heads, -1)) for linear in (self.q, self.k, self.v))
@@ -37,7 +37,7 @@ class MultiHeadAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(d)) v. (B, N, heads, d) each -> (B, Nq, heads * d)."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class MultiHeadPoolingAttention(MultiHeadAttention):
@@ -97,6 +97,6 @@ class MultiHeadPoolingAttention(MultiHeadAttention):
         conv, norm = getattr(self, f"pool_{name}"), getattr(self, f"norm_{name}")
         # Channels-last throughout, with the kernel repeated for each head: no copy into another layout.
         x = x.unflatten(1, hw).permute(0, 3, 1, 2)  # (B, H*W, C) -> (B, C, H, W)
-        weight = conv.weight.repeat(self.num_heads, 1, 1, 1)
+        weight = conv.weight if self.num_heads == 1 else conv.weight.repeat(self.num_heads, 1, 1, 1)
         x = functional.conv2d(x, weight, None, conv.stride, conv.padding, groups=x.shape[1])
         return norm(x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, (self.num_heads, -1)))

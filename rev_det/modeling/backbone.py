@@ -16,7 +16,7 @@ from ..checks import check_count, is_whole
 from .checks import check_blocks, check_patches
 from .fusion import ScaleNorm
 from .layers import drop_path_masks
-from .recompute import recompute
+from .repetition import recompute
 from .reversible import Masks, check_activations, run_blocks
 
 TRANSITIONS = ("auto", "checkpoint", "cached")
@@ -164,7 +164,7 @@ class ReversibleBackbone(Backbone):
         """The tokens of a scale from its two streams. 2 x (B, N, C) -> (B, N, 2C)."""
         if self.activations == "cached":
             return norm(x1, x2)
-        return recompute(norm, x1, x2, chunks=norm.token_chunks(x1))
+        return recompute(norm, x1, x2, parts=norm.parts(x1))
 
     def draw_masks(self, x: Tensor) -> list[tuple[Tensor | None, Tensor | None]]:
         """Drop-path multipliers (mF, mG) for every block and each sample of x; none in eval mode."""

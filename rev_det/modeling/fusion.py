@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .layers import LAYER_NORM_EPS, Mlp, count_chunks, layer_norm, to_autocast_dtype
-from .recompute import OutputLinear
+from .kept_attention import to_autocast_dtype
+from .layers import LAYER_NORM_EPS, Mlp, layer_norm, parts_along
+from .repetition import Parts
 
 # How a stage transition fuses the streams; [X1, X2] is their concatenation z, of 2C channels:
 # "max": max(X1, X2), of C channels; the transition's projections then widen to 2C
@@ -98,10 +99,10 @@ class ScaleNorm(nn.LayerNorm):
         super().__init__(2 * dim, eps=LAYER_NORM_EPS)
         self.termination = termination
         if termination == "norm-1-layer":
-            self.linear = OutputLinear(2 * dim, 2 * dim)
+            self.linear = nn.Linear(2 * dim, 2 * dim)
         elif "mlp" in termination:
             dropout = FUSION_DROPOUT if termination.endswith("dropout") else 0.0
-            self.mlp = Mlp(2 * dim, 4 * dim, dropout, last=not termination.endswith("mlp-norm"))
+            self.mlp = Mlp(2 * dim, 4 * dim, dropout)
         if termination.endswith("mlp-norm"):
             self.final_norm = layer_norm(2 * dim)
 
@@ -119,8 +120,8 @@ class ScaleNorm(nn.LayerNorm):
             y = self.final_norm(y)
         return to_autocast_dtype(y)
 
-    def token_chunks(self, x: Tensor) -> int:
-        """Parts in which to compute this output of two streams like x, of shape (B, N, C)."""
+    def parts(self, x: Tensor) -> Parts:
+        """Parts of the tokens in which to compute this output of two streams like x, (B, N, C)."""
         if "mlp" in self.termination:
-            return self.mlp.token_chunks(x)
-        return count_chunks(2 * x.numel(), x.shape[1])
+            return self.mlp.parts(x)
+        return parts_along(1, x, 2 * x.numel())

@@ -5,23 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .recompute import OutputLinear
+from .kept_attention import to_autocast_dtype
+from .repetition import WHOLE, Parts
 
 LAYER_NORM_EPS = 1e-6
 # The widest tensors of a part of a branch have about this many values (32 MiB in bfloat16): large enough to
-# keep a GPU busy with each part, small enough to be little of the peak.
-CHUNK_VALUES = 2**24
+# keep a GPU busy with each part, small enough to be little of the peak. A function of shapes alone: every
+# process, a resumed run and the count of memory take the same parts.
+PART_VALUES = 2**24
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-
-
-def to_autocast_dtype(x: Tensor) -> Tensor:
-    """Cast once what several layers would cast each for itself under autocast."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
 
 
 class Mlp(nn.Module):
@@ -31,24 +26,23 @@ class Mlp(nn.Module):
         dim: C.
         hidden_dim: width between the linear layers.
         dropout: probability of dropping a value after each.
-        last: nothing but sums follows (see `OutputLinear`).
     """
 
-    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0, last: bool = True):
+    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = nn.GELU()
-        self.fc2 = (OutputLinear if last else nn.Linear)(hidden_dim, dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.fc2(self.dropout(self.act(self.fc1(x)))))
 
-    def token_chunks(self, x: Tensor) -> int:
-        """Parts in which to compute this MLP on x of shape (B, N, C)."""
+    def parts(self, x: Tensor) -> Parts:
+        """Parts of the tokens x, (B, N, C), in which to compute this MLP."""
         if self.dropout.p and self.training:
-            return 1  # so that the random numbers are drawn as in ordinary training
-        return count_chunks(x.shape[0] * x.shape[1] * self.fc1.out_features, x.shape[1])
+            return WHOLE  # so that the random numbers are drawn as in ordinary training
+        return parts_along(1, x, x.shape[0] * x.shape[1] * self.fc1.out_features)
 
 
 class MlpBranch(nn.Module):
@@ -67,8 +61,9 @@ class MlpBranch(nn.Module):
         y = self.mlp(to_autocast_dtype(self.norm(x)))
         return x + y if self.inner_residual else y
 
-    def token_chunks(self, x: Tensor) -> int:
-        return self.mlp.token_chunks(x)
+    def parts(self, x: Tensor) -> Parts:
+        """Parts of the tokens x, (B, N, C), in which to compute this branch."""
+        return self.mlp.parts(x)
 
 
 class AttentionBranch(nn.Module):
@@ -87,9 +82,9 @@ class AttentionBranch(nn.Module):
         y = self.attn(to_autocast_dtype(self.norm(x)), hw)
         return x + y if self.inner_residual else y
 
-    def sample_chunks(self, x: Tensor) -> int:
-        """Parts of the batch in which to compute this branch on x of shape (B, N, C)."""
-        return count_chunks(2 * x.numel(), x.shape[0])
+    def parts(self, x: Tensor) -> Parts:
+        """Parts of the batch x, (B, N, C), in which to compute this branch."""
+        return parts_along(0, x, 2 * x.numel())
 
 
 class ReversibleBlock(nn.Module):
@@ -101,9 +96,9 @@ class ReversibleBlock(nn.Module):
         self.G = MlpBranch(dim, mlp_ratio, inner_residual)
 
 
-def count_chunks(values: int, positions: int) -> int:
-    """Parts of at most `CHUNK_VALUES` values each, if there are enough positions to split along."""
-    return max(1, min(positions, -(-values // CHUNK_VALUES)))
+def parts_along(dim: int, x: Tensor, values: int) -> Parts:
+    """Parts of x along a dimension such that each has at most `PART_VALUES` of so many values."""
+    return dim, max(1, min(x.shape[dim], -(-values // PART_VALUES)))
 
 
 def drop_path_masks(rate: float, x: Tensor) -> tuple[Tensor | None, Tensor | None]:

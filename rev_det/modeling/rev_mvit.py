@@ -10,8 +10,9 @@ from ..checks import check_count, check_pair, is_whole
 from .attention import MultiHeadPoolingAttention
 from .backbone import TRANSITIONS, ReversibleBackbone, to_feature_map
 from .fusion import ScaleNorm, build_fusion
-from .layers import AttentionBranch, MlpBranch, ReversibleBlock, to_autocast_dtype
-from .recompute import recompute, token_chunks
+from .kept_attention import to_autocast_dtype
+from .layers import AttentionBranch, MlpBranch, ReversibleBlock
+from .repetition import WHOLE, recompute
 
 Q_STRIDE = 2  # of every stage transition
 
@@ -79,12 +80,12 @@ class StageTransition(nn.Module):
         if not (checkpointed and torch.is_grad_enabled()):
             y = self._attention(self.fuse(x1, x2), hw, mask_f)
             return _masked_sum(y, self.G(y), mask_g)
-        z = recompute(self.fuse, x1, x2, chunks=token_chunks(self.fuse, x1))
+        z = recompute(self.fuse, x1, x2, parts=self.fuse.parts(x1) if hasattr(self.fuse, "parts") else WHOLE)
         if keep_attention:
             y = self._kept_attention(z, hw, mask_f)
         else:
             y = checkpoint(self._attention, z, hw, mask_f, use_reentrant=False)
-        return _masked_sum(y, recompute(self.G, y, chunks=token_chunks(self.G, y)), mask_g)
+        return _masked_sum(y, recompute(self.G, y, parts=self.G.parts(y)), mask_g)
 
     def _attention(self, z: Tensor, hw: tuple[int, int], mask: Tensor | None) -> Tensor:
         return _masked_sum(self._residual(z, hw), self.F(z, hw), mask)

@@ -13,7 +13,7 @@ This module needs torch alone and knows nothing of images or detectors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -21,19 +21,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from .recompute import (
-    Branch,
-    ParameterGradients,
-    branch_backward,
-    branch_forward,
-    keep_attention_policy,
-    sample_chunks,
-    token_chunks,
-)
+from .kept_attention import keep_attention_policy
+from .repetition import WHOLE, CallRecord, Replay, part, refuse_functorch, split
 
 ACTIVATIONS = ("reversible", "cached", "checkpoint")
 Masks = Sequence[tuple[Tensor | None, Tensor | None]]
-_SAVED = object()  # stands for a tensor that torch saves
 
 
 class ReversibleSequence(nn.Module):
@@ -46,9 +38,9 @@ class ReversibleSequence(nn.Module):
     second evaluation all the same: forward hooks run again, and BatchNorm updates its running statistics
     again (momentum ``1 - (1 - m) ** 0.5`` makes two updates as large as one with m).
 
-    To bound the working memory, a G that treats the positions along dimension 1 independently may have a
-    method ``token_chunks(x) -> int``, and an F that treats samples independently ``sample_chunks(x) -> int``:
-    they are applied in that many parts. (Random numbers, of dropout for instance, are then drawn by part.)
+    To bound the working memory, an F or G may have a method ``parts(x) -> (dim, number)``: it is then applied
+    in that many parts of x along a dimension whose positions it treats independently, such as samples or
+    tokens. (Random numbers, of dropout for instance, are then drawn by part.)
 
     Args:
         blocks: at least one block.
@@ -160,141 +152,171 @@ def check_activations(activations: str) -> None:
 
 
 def _block(block: nn.Module, mask: tuple, x1: Tensor, x2: Tensor, *args) -> tuple[Tensor, Tensor]:
-    y1 = _sum(x1, block.F(x2, *args), mask[0])
-    y2 = _sum(x2, block.G(y1), mask[1])
+    y1 = _sum(x1, _checked(x1, block.F(x2, *args)), mask[0])
+    y2 = _sum(x2, _checked(x2, block.G(y1)), mask[1])
     return y1, y2
 
 
-def _sum(x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+def _sum(x: Tensor, y: Tensor, mask: Tensor | None, sign: int = 1, out: Tensor | None = None) -> Tensor:
+    """``x + sign * mask * y``"""
+    if mask is None:
+        return torch.add(x, y, alpha=sign, out=out)
+    return torch.addcmul(x, y, mask, value=sign, out=out)
+
+
+def _checked(x: Tensor, y: Tensor) -> Tensor:
     if x.shape != y.shape:
         raise ValueError(
             f"F and G must keep the shape of their input: {tuple(x.shape)} became {tuple(y.shape)}"
         )
-    return x + y if mask is None else torch.addcmul(x, y, mask)
+    return y
 
 
-# The function below opens nested autograd graphs, which torch.compile cannot trace: it breaks its graph here.
+# The functions below open nested autograd graphs, which torch.compile cannot trace: it breaks its graph here.
 @torch.compiler.disable
 def _run_reversible(blocks, masks, keep_attention, x1, x2, args) -> tuple[Tensor, Tensor]:
-    parameters = list(dict.fromkeys(p for b in blocks for m in (b.F, b.G) for p in m.parameters()))
-    run = _Run(list(blocks), keep_attention, len(args), [p for p in parameters if p.requires_grad])
-    return _Reversible.apply(run, masks, x1, None if x2 is x1 else x2, *args, *run.parameters)
+    refuse_functorch()
+    run = _Run(len(blocks))
+    for i, (block, (mask_f, mask_g)) in enumerate(zip(blocks, masks, strict=True)):
+        f = _Branch(block.F, x2, args, mask_f, keep_attention)
+        g = _Branch(block.G, x1, (), mask_g, keep_attention)
+        parameters = dict.fromkeys((*f.record.parameters, *g.record.parameters))
+        x1, x2 = _Block.apply(run, i, f, g, len(args), x1, x2, *args, *parameters)
+    return x1, x2
 
 
 class _Run:
-    """What one forward pass of `_Reversible` hands to its backward pass, besides the tensors torch saves."""
+    """Where the backward pass of a block leaves the streams it rebuilt, for that of the block before."""
 
-    def __init__(self, blocks: list[nn.Module], keep_attention: bool, num_args: int, parameters: list):
-        self.blocks, self.keep_attention, self.num_args = blocks, keep_attention, num_args
-        self.parameters = parameters
-        self.branches: list[tuple[Branch, Branch]] = []  # F's and G's application, for each block
-        # The outputs, without their history, and their version counters.
-        self.outputs: list[tuple[Tensor, int]] = []
+    def __init__(self, length: int):
+        self.last = length - 1
+        self.streams: tuple[Tensor, Tensor] | None = None
 
-    def take(self) -> tuple[list[Tensor], list[tuple[Branch, Branch]]]:
-        """The outputs and branches; they are let go, so that memory falls while the backward pass advances,
-        unless the graph is to be kept for another one."""
-        for y, version in self.outputs:
-            if y._version != version:
-                raise RuntimeError(
-                    "an output of a reversible run has been modified by an inplace operation, so its inputs "
-                    "cannot be rebuilt; modify a clone instead"
-                )
-        outputs, branches = [y for y, _ in self.outputs], list(self.branches)
-        if not _graph_is_kept():
-            self.outputs, self.branches = [], []
-        return outputs, branches
+    def take(self) -> tuple[Tensor, Tensor]:
+        streams, self.streams = self.streams, None
+        return streams
 
 
-class _Reversible(torch.autograd.Function):
-    """All blocks of a run as one function: parameters are inputs, their gradients are outputs.
+class _Block(torch.autograd.Function):
+    """One block, as a function of the streams, of F's arguments and of the parameters of F and G.
 
-    A run that starts with X1 = X2 (every stage does) keeps that one tensor. Its first block then needs no
-    inversion: neither its F nor its G has to finish, and a run of one block does not keep Y2.
+    Of the size of a stream only the last block of a run keeps anything, its outputs. Parameters are inputs and
+    their gradients are outputs: these arrive block by block while the backward pass advances.
     """
 
     @staticmethod
-    def forward(ctx, run: _Run, masks, x1: Tensor, x2: Tensor | None, *args_and_parameters):
-        args = args_and_parameters[: run.num_args]
-        start = x1 if x2 is None else None
-        # Copies: the caller's tensors stay as they are, and the streams in between are ours to overwrite.
-        y1, y2 = x1.clone(), (x1 if x2 is None else x2).clone()
-        samples_alone = not any(isinstance(a, Tensor) for a in args)  # they may not be split like x
-        for block, (mask_f, mask_g) in zip(run.blocks, masks, strict=True):
-            chunks = sample_chunks(block.F, y2) if samples_alone else 1
-            branch_f = branch_forward(
-                block.F, [y2, *args], y1, mask_f, run.keep_attention, dim=0, chunks=chunks
-            )
-            chunks = token_chunks(block.G, y1)
-            branch_g = branch_forward(block.G, [y1], y2, mask_g, dim=1, chunks=chunks)
-            run.branches.append((branch_f, branch_g))
-        needs_y2 = start is None or len(run.blocks) > 1
-        run.outputs = [(y.detach(), y._version) for y in ((y1, y2) if needs_y2 else (y1,))]
-        ctx.run = run
-        ctx.args = [_SAVED if isinstance(a, Tensor) else a for a in args]
-        # Saved parameters are not read, but torch then notices if they were changed in between.
-        tensor_args = [a for a in args if isinstance(a, Tensor)]
-        ctx.save_for_backward(start, *(m for pair in masks for m in pair), *tensor_args, *run.parameters)
+    def forward(ctx, run: _Run, index: int, F: _Branch, G: _Branch, num_args: int, x1, x2, *others):
+        args = others[:num_args]
+        y1 = F.add_to(x1, x2, *args)  # Y1 = X1 + F(X2)
+        y2 = G.add_to(x2, y1)  # Y2 = X2 + G(Y1)
+        ctx.run, ctx.index, ctx.branches = run, index, (F, G)
+        ctx.args = [None if isinstance(a, Tensor) else a for a in args]
+        kept = (y1, y2) if index == run.last else ()
+        ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)), *F.saved(), *G.saved(), *kept)
         return y1, y2
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy1: Tensor, dy2: Tensor):
-        run, blocks = ctx.run, ctx.run.blocks
-        start, *saved = ctx.saved_tensors
-        saved = iter(saved)
-        masks = [(next(saved), next(saved)) for _ in blocks]
-        args = [next(saved) if a is _SAVED else a for a in ctx.args]
-        (y1, *y2), branches = run.take()
-        y2 = y2[0] if y2 else None
+        saved, (F, G) = iter(ctx.saved_tensors), ctx.branches
+        args = [next(saved) if a is None else a for a in ctx.args]
+        needs_x = any(ctx.needs_input_grad[5:7])
+        needs_args = ctx.needs_input_grad[7 : 7 + len(args)]
+        before = needs_x and ctx.index > 0  # whether there is a block before this one to go on with
+        F.restore(saved)
+        G.restore(saved)
+        # Streams and gradients that another block handed on are ours to overwrite.
+        ours = ctx.index < ctx.run.last
+        y1, y2 = ctx.run.take() if ours else saved
 
-        parameter_grads = ParameterGradients(run.parameters)
-        needs_x = any(ctx.needs_input_grad[2:4])
-        wants_arg = ctx.needs_input_grad[4 : 4 + run.num_args]
-        arg_grads = [torch.zeros_like(a) if w else None for a, w in zip(args, wants_arg, strict=True)]
-        # Below the first block that trains anything nothing has to be rebuilt.
-        last = 0
-        if not needs_x and not any(wants_arg):
-            trains = (i for i, b in enumerate(blocks) if any(p.requires_grad for p in b.parameters()))
-            last = next(trains, len(blocks))
+        x2, dx1, _ = G.take_from(y2, dy2, [y1], [True], dy1, ours)  # X2 = Y2 - G(Y1)
+        x1, dx2, dargs = F.take_from(y1, dx1, [x2, *args], [needs_x, *needs_args], dy2, ours, before)
+        # X1 = Y1 - F(X2)
 
-        # dy1 and dy2 become the gradients of the streams rebuilt so far.
-        dy1, dy2 = dy1.clone(), dy2.clone()
-        for i in reversed(range(last, len(blocks))):
-            (branch_f, branch_g), (mask_f, mask_g) = branches.pop(), masks[i]
-            known = i == 0 and start is not None
-            if known:
-                x1 = x2 = start
-            elif i == len(blocks) - 1:
-                x1, x2 = y1.clone(), y2.clone()
-            else:
-                x1, x2 = y1, y2  # rebuilt by us, overwritten in place
-            y2 = None
-            branch_backward(
-                branch_g, [y1], dy2, parameter_grads, [dy1], mask_g, subtract_from=None if known else x2
-            )
-            y1 = None
-            branch_backward(
-                branch_f,
-                [x2, *args],
-                dy1,
-                parameter_grads,
-                [dy2, *arg_grads],
-                mask_f,
-                subtract_from=None if known else x1,
-            )
-            y1, y2 = x1, x2
-        if start is not None:
-            dy1, dy2 = dy1.add_(dy2), None
-        if not needs_x:
-            dy1 = dy2 = None
-        return None, None, dy1, dy2, *arg_grads, *parameter_grads.sums
+        if before:
+            ctx.run.streams = x1, x2
+        parameter_grads: dict[Tensor, Tensor | None] = {}
+        for branch in (F, G):
+            for p, grad in branch.parameter_gradients():
+                other = parameter_grads.get(p)
+                parameter_grads[p] = grad if other is None else other if grad is None else other + grad
+        return *[None] * 5, dx1, dx2, *dargs, *parameter_grads.values()
 
 
-def _graph_is_kept() -> bool:
-    """Whether the backward pass that is running was asked to retain its graph."""
-    is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if is_kept is None else is_kept()
+class _Branch:
+    """An F or G as it is applied to a stream: in parts if it asks for them, times its drop-path multiplier."""
+
+    def __init__(self, module: nn.Module, x: Tensor, args: Sequence, mask: Tensor | None, keep: bool):
+        self.record = CallRecord(module, (module,), x.device, keep)
+        self.mask = mask
+        # Tensors among the arguments may not be split like x.
+        alone = hasattr(module, "parts") and not any(isinstance(a, Tensor) for a in args)
+        self.parts = module.parts(x) if alone else WHOLE
+        self.dim = self.parts[0]
+
+    def saved(self) -> list[Tensor | None]:
+        return [self.mask, *self.record.saved()]
+
+    def restore(self, saved: Iterator[Tensor | None]) -> None:
+        self.mask = next(saved)
+        self.replay = Replay(self.record, saved)
+
+    def parameter_gradients(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        replay, self.replay = self.replay, None
+        return zip(self.record.parameters, replay.parameter_gradients, strict=True)
+
+    def add_to(self, x: Tensor, *inputs) -> Tensor:
+        """``x + mask * module(*inputs)``"""
+        y = torch.empty_like(x)
+        for bounds in split(inputs, self.parts):
+            cut = partial(part, dim=self.dim, bounds=bounds)
+            result = _checked(cut(x), self.record.first(*map(cut, inputs)))
+            _sum(cut(x), result, cut(self.mask), out=cut(y))
+        return y
+
+    def take_from(
+        self,
+        y: Tensor,
+        dy: Tensor,
+        inputs: Sequence,
+        wanted: Sequence[bool],
+        dx: Tensor,
+        overwrite: bool,
+        invert: bool = True,
+    ) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
+        """Undo `add_to`, and differentiate it, with one evaluation of the module.
+
+        Args:
+            y: its result.
+            dy: gradient of y.
+            inputs: as it had them.
+            wanted: which of them to differentiate by.
+            dx: other gradients of the first input, to add to.
+            overwrite: whether x and the sum of gradients may take the place of y and dx.
+            invert: whether x is wanted.
+
+        Returns:
+            x, the gradient of the first input, the gradients of the other ones.
+        """
+        x = None if not invert else y if overwrite else torch.empty_like(y)
+        total = dx if overwrite else torch.empty_like(dx)
+        for call, bounds in enumerate(split(inputs, self.parts)):
+            cut = partial(part, dim=self.dim, bounds=bounds)
+            mask = cut(self.mask)
+
+            def invert_and_weigh(result: Tensor, cut=cut, mask=mask) -> Tensor:
+                if x is not None:
+                    _sum(cut(y), result, mask, sign=-1, out=cut(x))
+                if mask is None:
+                    return cut(dy).to(result.dtype)
+                return torch.mul(cut(dy), mask, out=torch.empty_like(result))
+
+            grad, *others = self.replay.gradients(call, [*map(cut, inputs)], wanted, invert_and_weigh)
+            if grad is not None:
+                torch.add(cut(dx), grad, out=cut(total))
+            elif not overwrite:
+                cut(total).copy_(cut(dx))
+        return x, total, others
 
 
 def _masked(y: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,0 +1,220 @@
+"""Fused attention whose results are kept, so that a repeated call does not run its kernel again.
+
+A fused kernel returns the attention's output and the log-sum-exp of its logits; with q, k and v that is all
+its backward pass reads. `attention` is ``scaled_dot_product_attention`` for branches that are called twice:
+under an `AttentionTape` the first call leaves these results on the tape, and the repeated call takes them
+from there, together with the kernel's own backward operator. Without a tape it is torch's function.
+
+This module needs torch alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import CheckpointPolicy
+
+logger = logging.getLogger(__name__)
+_aten = torch.ops.aten
+
+# The fused kernels that return all their backward pass needs.
+FUSED_ATTENTION = frozenset(
+    getattr(_aten, name).default
+    for name in (
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_fused_attention_overrideable",
+    )
+    if hasattr(_aten, name)
+)
+
+
+def keep_attention_policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    """A policy for torch's selective checkpointing that keeps the results of fused attention only."""
+    return CheckpointPolicy.MUST_SAVE if op in FUSED_ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def to_autocast_dtype(x: Tensor) -> Tensor:
+    """Cast once what several layers would cast each for itself under autocast."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+class KeptResult(NamedTuple):
+    """What a fused kernel returned: the name of its autograd node, and (output, log-sum-exp, random state)."""
+
+    kernel: str
+    tensors: tuple[Tensor | None, ...]
+
+
+class AttentionTape:
+    """The results of the `attention` calls inside one module call, in their order.
+
+    Attributes:
+        results: of each call; None where no fused kernel took it, which is then computed again.
+    """
+
+    def __init__(self, results: Sequence[KeptResult | None] = ()):
+        self.results = list(results)
+        self._position: int | None = None  # of the next result, while they are replayed
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep what `attention` computes in this context."""
+        with self._running(None):
+            yield
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Let `attention` return in this context what was kept, with gradients to q, k and v."""
+        with self._running(0):
+            yield
+
+    @contextmanager
+    def _running(self, position: int | None) -> Iterator[None]:
+        if getattr(_running, "tape", None) is not None:
+            # A call within a call: the outer tape stays in charge, so that it remains in step.
+            yield
+            return
+        self._position, _running.tape = position, self
+        try:
+            yield
+        finally:
+            _running.tape = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        if self._position is None:
+            out, result = _compute(q, k, v, scale)
+            self.results.append(result)
+            return out
+        result = self.results[self._position] if self._position < len(self.results) else None
+        self._position += 1
+        if result is None:
+            return scaled_dot_product_attention(q, k, v, scale=scale)
+        return _KeptAttention.apply(result.kernel, scale, q, k, v, *result.tensors)
+
+
+_running = threading.local()  # its attribute ``tape`` is the one in charge
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T) v, by the kernel that torch chooses.
+
+    Args:
+        q: (B, heads, Nq, d).
+        k: (B, heads, Nk, d).
+        v: (B, heads, Nk, dv).
+        scale: of the logits; None for 1 / sqrt(d).
+
+    Returns:
+        (B, heads, Nq, dv), in autocast's type under autocast.
+    """
+    # A graph that is being traced has no second call.
+    tape = None if torch.compiler.is_compiling() else getattr(_running, "tape", None)
+    if tape is None:
+        return scaled_dot_product_attention(q, k, v, scale=scale)
+    return tape.attend(*map(to_autocast_dtype, (q, k, v)), scale)
+
+
+def _compute(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, KeptResult | None]:
+    """The attention, and what its backward pass will need besides q, k and v."""
+    # Which kernel torch chooses, and whether that returns the log-sum-exp, depends on whether gradients are
+    # wanted: they will be in the repeated call.
+    with torch.enable_grad():
+        out = scaled_dot_product_attention(*(x.detach().requires_grad_() for x in (q, k, v)), scale=scale)
+    node, out = out.grad_fn, out.detach()
+    kernel = type(node).__name__
+    if kernel not in _KERNELS:
+        _say_not_kept(kernel, tuple(q.shape), str(q.dtype))
+        return out, None
+    saved = (getattr(node, f"_saved_{name}") for name in _saved_names(type(node)))
+    return out, KeptResult(kernel, (out, *(None if x is None else x.detach() for x in saved)))
+
+
+@cache
+def _saved_names(node: type) -> list[str]:
+    """What the autograd node of a kernel calls the values that `_KERNELS` names, in this version of torch."""
+    alternatives = (names.split("|") for names in _KERNELS[node.__name__].saved)
+    return [next(name for name in names if hasattr(node, f"_saved_{name}")) for names in alternatives]
+
+
+@cache
+def _say_not_kept(kernel: str, shape: tuple[int, ...], dtype: str) -> None:
+    logger.warning(
+        "No fused kernel that keeps its result took the attention of queries %s in %s (torch chose %s): it is "
+        "computed again in the backward pass",
+        shape,
+        dtype,
+        kernel,
+    )
+
+
+class _KeptAttention(torch.autograd.Function):
+    """The attention's gradients from the kept result; nothing is computed in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, kernel: str, scale: float | None, q: Tensor, k: Tensor, v: Tensor, *kept) -> Tensor:
+        ctx.kernel, ctx.scale = kernel, scale
+        ctx.save_for_backward(q, k, v, *kept)
+        return kept[0].detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor):
+        q, k, v, *kept = ctx.saved_tensors
+        grads = _KERNELS[ctx.kernel].backward(dout, q, k, v, *kept, scale=ctx.scale)
+        return None, None, *grads[:3], *(None for _ in kept)
+
+
+# Each kernel's backward operator, called as torch's own autograd calls it: no mask, no dropout, not causal.
+
+
+def _flash(dout, q, k, v, out, lse, cum_q, cum_k, state, offset, scale):
+    lengths = (cum_q, cum_k, q.shape[-2], k.shape[-2])
+    backward = _aten._scaled_dot_product_flash_attention_backward
+    return backward(dout, q, k, v, out, lse, *lengths, 0.0, False, state, offset, scale=scale)
+
+
+def _efficient(dout, q, k, v, out, lse, seed, offset, scale):
+    backward = _aten._scaled_dot_product_efficient_attention_backward
+    wanted = (True, True, True, False)
+    return backward(dout, q, k, v, None, out, lse, seed, offset, 0.0, wanted, False, scale=scale)
+
+
+def _cudnn(dout, q, k, v, out, lse, cum_q, cum_k, seed, offset, scale):
+    lengths = (cum_q, cum_k, q.shape[-2], k.shape[-2])
+    backward = _aten._scaled_dot_product_cudnn_attention_backward
+    return backward(dout, q, k, v, out, lse, seed, offset, None, *lengths, 0.0, False, scale=scale)
+
+
+def _cpu(dout, q, k, v, out, lse, scale):
+    backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return backward(dout, q, k, v, out, lse, 0.0, False, scale=scale)
+
+
+class _Kernel(NamedTuple):
+    backward: object
+    saved: tuple[str, ...]  # attributes of the autograd node, besides the output
+
+
+_LENGTHS = ("cum_seq_q", "cum_seq_k")
+_SEED = ("philox_seed", "philox_offset")
+_STATE = ("rng_state|philox_seed", "unused|philox_offset")  # the second name of each is torch 2.6's
+_KERNELS = {
+    "ScaledDotProductFlashAttentionBackward0": _Kernel(_flash, ("logsumexp", *_LENGTHS, *_STATE)),
+    "ScaledDotProductEfficientAttentionBackward0": _Kernel(_efficient, ("log_sumexp", *_SEED)),
+    "ScaledDotProductCudnnAttentionBackward0": _Kernel(_cudnn, ("logsumexp", *_LENGTHS, *_SEED)),
+    "ScaledDotProductFlashAttentionForCpuBackward0": _Kernel(_cpu, ("logsumexp",)),
+}

@@ -1,0 +1,307 @@
+"""Calling a module a second time in the backward pass, exactly as it was called the first time.
+
+A `CallRecord` makes the first call, without gradients, and notes what it depends on besides its inputs:
+parameters and buffers, autocast, training flags, random generators, and the results of fused attention if
+these are to be kept. A `Replay` repeats the call and differentiates it. `recompute` is activation
+checkpointing for one module, built on the two.
+
+This module needs torch alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .kept_attention import AttentionTape, KeptResult
+
+Parts = tuple[int, int]  # the dimension along which an input is split, and the number of parts
+WHOLE = (0, 1)
+
+
+class CallRecord:
+    """How a module was called, once or for several parts of an input in turn.
+
+    Args:
+        call: the module, or a function of tensors and other values.
+        modules: all modules whose parameters and buffers the call uses.
+        device: where it computes.
+        keep_attention: keep what `kept_attention.attention` computes inside the module (batch * tokens *
+            (channels + heads) numbers for each) instead of computing it twice.
+
+    Attributes:
+        parameters: the tensors that the repeated call will have gradients for, as the module has them now.
+    """
+
+    def __init__(
+        self,
+        call: Callable[..., Tensor],
+        modules: Sequence[nn.Module],
+        device: torch.device,
+        keep_attention: bool = False,
+    ):
+        self.call, self.device, self.keep_attention = call, device, keep_attention
+        modules = [m for module in modules for m in module.modules()]
+        self.training = [(m, m.training) for m in modules]
+        # Where each parameter and buffer is, so that the repeated call finds the same ones:
+        # torch.func.functional_call, for instance, puts others there for one call.
+        self.slots = [
+            (tensors, name, tensor)
+            for m in modules
+            for tensors in (m._parameters, m._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        ]
+        self.parameters = list(dict.fromkeys(tensor for *_, tensor in self.slots if tensor.requires_grad))
+        self.autocast: tuple | None = None
+        if torch.amp.is_autocast_available(device.type):
+            self.autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        self.generators: list[list[Tensor] | None] = []  # their states before each call, if it drew
+        self.kept: list[list[tuple[str, int] | None]] = []  # kernel and number of tensors of each attention
+        self._kept_tensors: list[Tensor | None] = []
+        self._states = self._generator_states()
+
+    def first(self, *inputs) -> Tensor:
+        """Call the module without gradients."""
+        tape = AttentionTape()
+        with _without_weight_cache(), tape.recording() if self.keep_attention else nullcontext():
+            result = self.call(*inputs)
+        self.kept.append([kept and (kept.kernel, len(kept.tensors)) for kept in tape.results])
+        self._kept_tensors += [x for kept in tape.results if kept for x in kept.tensors]
+        before, self._states = self._states, self._generator_states()
+        drew = any(_bytes(a) != _bytes(b) for a, b in zip(before, self._states, strict=True))
+        self.generators.append(before if drew else None)
+        return result
+
+    def saved(self) -> list[Tensor | None]:
+        """What ``ctx.save_for_backward`` is to keep, besides inputs, for a `Replay` of the calls made so far.
+
+        Parameters are among it, although they are not read: torch then notices if they were changed.
+        """
+        tensors, self._kept_tensors, self._states = self._kept_tensors, [], []
+        return [*self.parameters, *tensors]
+
+    def _generator_states(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
+        # While a CUDA graph is captured the device's generator can be neither read nor set.
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if self.device.type not in ("cpu", "meta") and not capturing:
+            states.append(torch.get_device_module(self.device).get_rng_state(self.device))
+        return states
+
+    def set_generators(self, states: Sequence[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.get_device_module(self.device).set_rng_state(state, self.device)
+
+    @contextmanager
+    def as_it_was(self, call: int, slots: Sequence[tuple]) -> Iterator[None]:
+        """The circumstances of a call: autocast, training flags, generators; and tensors in these slots."""
+        changed = [m for m, training in self.training if m.training != training]
+        present = [(tensors, name, tensors.get(name)) for tensors, name, _ in slots]
+        states = self.generators[call]
+        now = self._generator_states() if states else None
+        for m in changed:
+            m.training = not m.training
+        for tensors, name, tensor in slots:
+            tensors[name] = tensor
+        if states:
+            self.set_generators(states)
+        try:
+            with self._autocast_again():
+                yield
+        finally:
+            for m in changed:
+                m.training = not m.training
+            for tensors, name, tensor in present:
+                tensors[name] = tensor
+            if now:
+                self.set_generators(now)
+
+    def _autocast_again(self):
+        if self.autocast is None:
+            return nullcontext()
+        enabled, dtype = self.autocast
+        # Without the weight cache: it would keep low-precision copies of all weights alive.
+        return torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+class Replay:
+    """The calls of a record, repeated in a backward pass.
+
+    Args:
+        record: of the calls.
+        saved: over saved tensors, of which the record's are taken.
+
+    Attributes:
+        parameter_gradients: of the record's ``parameters``, summed over the calls repeated so far.
+    """
+
+    def __init__(self, record: CallRecord, saved: Iterator[Tensor | None]):
+        self.record = record
+        for _ in record.parameters:
+            next(saved)
+        self.results = [
+            [kept and KeptResult(kept[0], tuple(next(saved) for _ in range(kept[1]))) for kept in call]
+            for call in record.kept
+        ]
+        # Not the parameters themselves: hooks on these are for the gradients that leave the backward pass.
+        self.aliases = [p.detach().requires_grad_() for p in record.parameters]
+        alias_of = dict(zip(record.parameters, self.aliases, strict=True))
+        self.slots = [(tensors, name, alias_of.get(tensor, tensor)) for tensors, name, tensor in record.slots]
+        self.parameter_gradients: list[Tensor | None] = [None] * len(self.aliases)
+
+    def gradients(
+        self, call: int, inputs: Sequence, wanted: Sequence[bool], dy: Callable[[Tensor], Tensor]
+    ) -> list[Tensor | None]:
+        """Repeat a call and differentiate it.
+
+        Args:
+            call: its number.
+            inputs: as it had them.
+            wanted: which of the inputs to differentiate by.
+            dy: is given the call's result and returns the gradient of it, in its type.
+
+        Returns:
+            the gradients of the inputs, None for those without.
+        """
+        inputs = [
+            x.detach().requires_grad_(want) if isinstance(x, Tensor) else x
+            for x, want in zip(inputs, wanted, strict=True)
+        ]
+        tape = AttentionTape(self.results[call])
+        with self.record.as_it_was(call, self.slots), torch.enable_grad(), tape.replaying():
+            y = self.record.call(*inputs)
+        grad = dy(y.detach())
+        variables = [x for x, want in zip(inputs, wanted, strict=True) if want] + self.aliases
+        if not (variables and y.requires_grad):
+            return [None] * len(inputs)
+        grads = iter(torch.autograd.grad(y, variables, grad, allow_unused=True))
+        result = [next(grads) if want else None for want in wanted]
+        for i, g in enumerate(grads):
+            total = self.parameter_gradients[i]
+            if g is None or total is not None:
+                self.parameter_gradients[i] = total if g is None else total + g
+            else:
+                # torch may hand out the gradient of the result itself, which is not ours to give away.
+                self.parameter_gradients[i] = g.clone() if torch._C._is_alias_of(g, grad) else g
+        return result
+
+
+def split(inputs: Sequence, parts: Parts) -> list[slice]:
+    """The bounds of at most that many equal parts of the first tensor; the last may be smaller."""
+    dim, number = parts
+    if number == 1:
+        return [slice(None)]
+    size = next(x for x in inputs if isinstance(x, Tensor)).shape[dim]
+    length = max(1, -(-size // number))
+    return [slice(start, min(start + length, size)) for start in range(0, max(1, size), length)]
+
+
+def part(x, dim: int, bounds: slice):
+    """A part of a tensor; all of anything else, and of a tensor that is broadcast along the dimension."""
+    if bounds.start is None or not isinstance(x, Tensor) or x.shape[dim] == 1:
+        return x
+    return x.narrow(dim, bounds.start, bounds.stop - bounds.start)
+
+
+def recompute(
+    call: Callable[..., Tensor], *inputs, parts: Parts = WHOLE, modules: Sequence[nn.Module] | None = None
+) -> Tensor:
+    """Apply a module and keep its inputs only; the backward pass computes the rest again.
+
+    Unlike ``torch.utils.checkpoint`` it can do so in parts, of which only one is in memory at a time.
+
+    Args:
+        call: the module, or a function that uses ``modules``.
+        inputs: tensors, and other values.
+        parts: (dimension, number): apply the module to that many parts of its inputs, which have one shape but
+            for the last dimension and are treated independently along that dimension.
+        modules: all modules whose parameters and buffers a function uses.
+    """
+    if not torch.is_grad_enabled():
+        return call(*inputs)
+    return _recompute(call, inputs, parts, (call,) if modules is None else modules)
+
+
+# torch.compile cannot trace the nested graph of the backward pass: in training it breaks its graph here.
+@torch.compiler.disable
+def _recompute(call: Callable, inputs: Sequence, parts: Parts, modules: Sequence[nn.Module]) -> Tensor:
+    refuse_functorch()
+    record = CallRecord(call, modules, next(x for x in inputs if isinstance(x, Tensor)).device)
+    return _Recompute.apply(record, parts, len(inputs), *inputs, *record.parameters)
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, record: CallRecord, parts: Parts, count: int, *inputs_and_parameters):
+        inputs = inputs_and_parameters[:count]
+        ctx.record, ctx.parts = record, parts
+        ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
+        y = None
+        for bounds in split(inputs, parts):
+            result = record.first(*(part(x, parts[0], bounds) for x in inputs))
+            if bounds.start is None:
+                y = result
+                break
+            if y is None:
+                shape = list(result.shape)
+                shape[parts[0]] = inputs[0].shape[parts[0]]
+                y = result.new_empty(shape)
+            part(y, parts[0], bounds).copy_(result)
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *record.saved())
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved) if x is None else x for x in ctx.inputs]
+        wanted = ctx.needs_input_grad[3 : 3 + len(inputs)]
+        replay, (dim, _) = Replay(ctx.record, saved), ctx.parts
+        grads: list[Tensor | None] = [None] * len(inputs)
+        for call, bounds in enumerate(split(inputs, ctx.parts)):
+            found = replay.gradients(
+                call,
+                [part(x, dim, bounds) for x in inputs],
+                wanted,
+                lambda y, bounds=bounds: part(dy, dim, bounds).to(y.dtype),
+            )
+            for i, dx in enumerate(found):
+                if dx is None or bounds.start is None:
+                    grads[i] = dx
+                    continue
+                if grads[i] is None:
+                    grads[i] = torch.empty_like(inputs[i])
+                part(grads[i], dim, bounds).copy_(dx)
+        return None, None, None, *grads, *replay.parameter_gradients
+
+
+def refuse_functorch() -> None:
+    """Say what to do under torch.func, which cannot look into what is computed again."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "torch.func transforms (grad, vjp, vmap, ...) cannot differentiate what is computed again in the "
+            "backward pass; use activations='cached' (and transitions='cached') there"
+        )
+
+
+@contextmanager
+def _without_weight_cache() -> Iterator[None]:
+    """Autocast without its cache of weights: copies made without gradients must not be found by others."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+def _bytes(state: Tensor) -> bytes:
+    # Read from memory: a comparison of tensors would be seen by modes that watch or replace operators.
+    return ctypes.string_at(state.data_ptr(), state.nbytes)
