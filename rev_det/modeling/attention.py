@@ -92,6 +92,11 @@ class MultiHeadPoolingAttention(MultiHeadAttention):
             return x.unflatten(-1, (self.num_heads, -1))
         return to_autocast_dtype(self.pool(name, x, hw))
 
+    def modules_of(self, name: str) -> list[nn.Module]:
+        """What `project` and `pool` use of this module for queries, keys or values."""
+        pooling = [getattr(self, f"pool_{name}"), getattr(self, f"norm_{name}")] if name in self.pooled else []
+        return [getattr(self, name), *pooling]
+
     def pool(self, name: str, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """Pool x as ``name`` is pooled. (B, H*W, C) -> (B, ceil(H/s) * ceil(W/s), heads, d)."""
         conv, norm = getattr(self, f"pool_{name}"), getattr(self, f"norm_{name}")

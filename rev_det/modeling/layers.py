@@ -12,7 +12,7 @@ LAYER_NORM_EPS = 1e-6
 # The widest tensors of a part of a branch have about this many values (32 MiB in bfloat16): large enough to
 # keep a GPU busy with each part, small enough to be little of the peak. A function of shapes alone: every
 # process, a resumed run and the count of memory take the same parts.
-PART_VALUES = 2**24
+PART_VALUES = 2**25
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:

@@ -192,6 +192,12 @@ class Replay:
                 self.parameter_gradients[i] = g.clone() if torch._C._is_alias_of(g, grad) else g
         return result
 
+    def add_parameter_gradients(self, sums: dict[Tensor, Tensor | None]) -> None:
+        """Add the gradients of the record's parameters to these sums."""
+        for p, grad in zip(self.record.parameters, self.parameter_gradients, strict=True):
+            if grad is not None:
+                sums[p] = grad if sums[p] is None else sums[p] + grad
+
 
 def split(inputs: Sequence, parts: Parts) -> list[slice]:
     """The bounds of at most that many equal parts of the first tensor; the last may be smaller."""
@@ -280,6 +286,74 @@ class _Recompute(torch.autograd.Function):
                     grads[i] = torch.empty_like(inputs[i])
                 part(grads[i], dim, bounds).copy_(dx)
         return None, None, None, *grads, *replay.parameter_gradients
+
+
+def recompute_each(
+    trunk: Callable[..., Tensor], branches: Sequence[Callable[[Tensor], Tensor]], modules: Sequence[Sequence[nn.Module]],
+    *inputs,
+) -> tuple[Tensor, ...]:
+    """Apply several functions to one result and keep the inputs only.
+
+    The backward pass computes the result again once, then one function after the other: what only one of them
+    needs is never in memory beside what another does.
+
+    Args:
+        trunk: function of the inputs.
+        branches: functions of its result.
+        modules: those that the trunk uses, then those that each branch uses.
+        inputs: tensors, and other values.
+
+    Returns:
+        what each branch returns.
+    """
+    if not torch.is_grad_enabled():
+        x = trunk(*inputs)
+        return tuple(branch(x) for branch in branches)
+    return _recompute_each((trunk, *branches), modules, inputs)
+
+
+@torch.compiler.disable
+def _recompute_each(calls: Sequence[Callable], modules: Sequence, inputs: Sequence) -> tuple[Tensor, ...]:
+    refuse_functorch()
+    device = next(x for x in inputs if isinstance(x, Tensor)).device
+    records = [CallRecord(call, used, device) for call, used in zip(calls, modules, strict=True)]
+    parameters = dict.fromkeys(p for record in records for p in record.parameters)
+    return _RecomputeEach.apply(records, list(parameters), len(inputs), *inputs, *parameters)
+
+
+class _RecomputeEach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, records: Sequence[CallRecord], parameters: list, count: int, *inputs_and_parameters):
+        inputs = inputs_and_parameters[:count]
+        ctx.records, ctx.parameters = records, parameters
+        ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
+        trunk, *branches = records
+        x = trunk.first(*inputs)
+        results = tuple(branch.first(x) for branch in branches)
+        saved = (x for record in records for x in record.saved())
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *saved)
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved) if x is None else x for x in ctx.inputs]
+        wanted = ctx.needs_input_grad[3 : 3 + len(inputs)]
+        trunk, *branches = (Replay(record, saved) for record in ctx.records)
+
+        def through_branches(x: Tensor) -> Tensor:
+            total = None
+            for branch, grad in zip(branches, grads, strict=True):
+                (dx,) = branch.gradients(0, [x], [True], lambda y, grad=grad: grad.to(y.dtype))
+                total = dx if total is None else total.add_(dx)
+            return total
+
+        dinputs = trunk.gradients(0, inputs, wanted, through_branches)
+        sums: dict[Tensor, Tensor | None] = dict.fromkeys(ctx.parameters)
+        for replay in (trunk, *branches):
+            replay.add_parameter_gradients(sums)
+        return None, None, None, *dinputs, *sums.values()
 
 
 def refuse_functorch() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -12,7 +14,7 @@ from .backbone import TRANSITIONS, ReversibleBackbone, to_feature_map
 from .fusion import ScaleNorm, build_fusion
 from .kept_attention import to_autocast_dtype
 from .layers import AttentionBranch, MlpBranch, ReversibleBlock
-from .repetition import WHOLE, recompute
+from .repetition import WHOLE, recompute, recompute_each
 
 Q_STRIDE = 2  # of every stage transition
 
@@ -91,13 +93,16 @@ class StageTransition(nn.Module):
         return _masked_sum(self._residual(z, hw), self.F(z, hw), mask)
 
     def _kept_attention(self, z: Tensor, hw: tuple[int, int], mask: Tensor | None) -> Tensor:
-        # Each of q, k and v is computed again on its own, from z, when its turn in the backward pass comes.
-        q, k, v = (checkpoint(self._project, name, z, hw, use_reentrant=False) for name in "qkv")
-        residual = checkpoint(self._residual, z, hw, use_reentrant=False)
-        return _masked_sum(residual, self.F.attn.proj(self.F.attn.attend(q, k, v)), mask)
-
-    def _project(self, name: str, z: Tensor, hw: tuple[int, int]) -> Tensor:
-        return self.F.attn.project(name, to_autocast_dtype(self.F.norm(z)), hw)
+        attn = self.F.attn
+        # Before pooling q, k and v are large: the backward pass computes one at a time.
+        q, k, v = recompute_each(
+            lambda z: to_autocast_dtype(self.F.norm(z)),
+            [partial(attn.project, name, hw=hw) for name in "qkv"],
+            [[self.F.norm], *(attn.modules_of(name) for name in "qkv")],
+            z,
+        )
+        residual = recompute(self._residual, z, hw, modules=[self.widen, *attn.modules_of("q")])
+        return _masked_sum(residual, attn.proj(attn.attend(q, k, v)), mask)
 
     def _residual(self, z: Tensor, hw: tuple[int, int]) -> Tensor:
         return self.F.attn.pool("q", self.widen(z), hw).flatten(2)

@@ -157,11 +157,14 @@ def _block(block: nn.Module, mask: tuple, x1: Tensor, x2: Tensor, *args) -> tupl
     return y1, y2
 
 
-def _sum(x: Tensor, y: Tensor, mask: Tensor | None, sign: int = 1, out: Tensor | None = None) -> Tensor:
+def _sum(x: Tensor, y: Tensor, mask: Tensor | None, sign: int = 1) -> Tensor:
     """``x + sign * mask * y``"""
-    if mask is None:
-        return torch.add(x, y, alpha=sign, out=out)
-    return torch.addcmul(x, y, mask, value=sign, out=out)
+    return x.add(y, alpha=sign) if mask is None else x.addcmul(y, mask, value=sign)
+
+
+def _sum_(x: Tensor, y: Tensor, mask: Tensor | None, sign: int = 1) -> Tensor:
+    """The same in place of x."""
+    return x.add_(y, alpha=sign) if mask is None else x.addcmul_(y, mask, value=sign)
 
 
 def _checked(x: Tensor, y: Tensor) -> Tensor:
@@ -235,12 +238,11 @@ class _Block(torch.autograd.Function):
 
         if before:
             ctx.run.streams = x1, x2
-        parameter_grads: dict[Tensor, Tensor | None] = {}
+        sums = dict.fromkeys((*F.record.parameters, *G.record.parameters))
         for branch in (F, G):
-            for p, grad in branch.parameter_gradients():
-                other = parameter_grads.get(p)
-                parameter_grads[p] = grad if other is None else other if grad is None else other + grad
-        return *[None] * 5, dx1, dx2, *dargs, *parameter_grads.values()
+            branch.replay.add_parameter_gradients(sums)
+            branch.replay = None
+        return *[None] * 5, dx1, dx2, *dargs, *sums.values()
 
 
 class _Branch:
@@ -261,17 +263,14 @@ class _Branch:
         self.mask = next(saved)
         self.replay = Replay(self.record, saved)
 
-    def parameter_gradients(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        replay, self.replay = self.replay, None
-        return zip(self.record.parameters, replay.parameter_gradients, strict=True)
-
     def add_to(self, x: Tensor, *inputs) -> Tensor:
         """``x + mask * module(*inputs)``"""
-        y = torch.empty_like(x)
+        if self.parts[1] == 1:
+            return _sum(x, _checked(x, self.record.first(*inputs)), self.mask)
+        y = x.clone()
         for bounds in split(inputs, self.parts):
             cut = partial(part, dim=self.dim, bounds=bounds)
-            result = _checked(cut(x), self.record.first(*map(cut, inputs)))
-            _sum(cut(x), result, cut(self.mask), out=cut(y))
+            _sum_(cut(y), _checked(cut(y), self.record.first(*map(cut, inputs))), cut(self.mask))
         return y
 
     def take_from(
@@ -298,25 +297,29 @@ class _Branch:
         Returns:
             x, the gradient of the first input, the gradients of the other ones.
         """
-        x = None if not invert else y if overwrite else torch.empty_like(y)
-        total = dx if overwrite else torch.empty_like(dx)
+        x = y
+        if not overwrite and self.parts[1] > 1:
+            x, dx, overwrite = y.clone(), dx.clone(), True
         for call, bounds in enumerate(split(inputs, self.parts)):
             cut = partial(part, dim=self.dim, bounds=bounds)
             mask = cut(self.mask)
 
             def invert_and_weigh(result: Tensor, cut=cut, mask=mask) -> Tensor:
-                if x is not None:
-                    _sum(cut(y), result, mask, sign=-1, out=cut(x))
+                nonlocal x
+                if invert and overwrite:
+                    _sum_(cut(x), result, mask, sign=-1)
+                elif invert:
+                    x = _sum(x, result, mask, sign=-1)
                 if mask is None:
                     return cut(dy).to(result.dtype)
                 return torch.mul(cut(dy), mask, out=torch.empty_like(result))
 
             grad, *others = self.replay.gradients(call, [*map(cut, inputs)], wanted, invert_and_weigh)
-            if grad is not None:
-                torch.add(cut(dx), grad, out=cut(total))
-            elif not overwrite:
-                cut(total).copy_(cut(dx))
-        return x, total, others
+            if grad is not None and overwrite:
+                cut(dx).add_(grad)
+            elif grad is not None:
+                dx = dx + grad
+        return x, dx, others
 
 
 def _masked(y: Tensor, mask: Tensor | None) -> Tensor:
