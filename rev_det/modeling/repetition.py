@@ -17,11 +17,41 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from .kept_attention import AttentionTape, KeptResult
 
 Parts = tuple[int, int]  # the dimension along which an input is split, and the number of parts
 WHOLE = (0, 1)
+
+
+class Generators:
+    """The random generators that calls on a device draw from, and their states after the last call.
+
+    While a CUDA graph is captured the device's generator can be neither read nor set: calls must not draw then.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        self.on_cpu = device.type in ("cpu", "meta") or capturing
+        self.last = self.states()
+
+    def states(self) -> list[Tensor]:
+        cpu = torch.get_rng_state()
+        return [cpu] if self.on_cpu else [cpu, torch.get_device_module(self.device).get_rng_state(self.device)]
+
+    def set(self, states: Sequence[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.get_device_module(self.device).set_rng_state(state, self.device)
+
+    def states_if_drawn(self) -> list[Tensor] | None:
+        """The states after the last call, if there was a draw since then."""
+        before, self.last = self.last, self.states()
+        # Read from memory: a comparison of tensors would be seen by modes that watch or replace operators.
+        drawn = any(_bytes(a) != _bytes(b) for a, b in zip(before, self.last, strict=True))
+        return before if drawn else None
 
 
 class CallRecord:
@@ -30,7 +60,7 @@ class CallRecord:
     Args:
         call: the module, or a function of tensors and other values.
         modules: all modules whose parameters and buffers the call uses.
-        device: where it computes.
+        generators: of the device where it computes.
         keep_attention: keep what `kept_attention.attention` computes inside the module (batch * tokens *
             (channels + heads) numbers for each) instead of computing it twice.
 
@@ -42,40 +72,39 @@ class CallRecord:
         self,
         call: Callable[..., Tensor],
         modules: Sequence[nn.Module],
-        device: torch.device,
+        generators: Generators,
         keep_attention: bool = False,
     ):
-        self.call, self.device, self.keep_attention = call, device, keep_attention
-        modules = [m for module in modules for m in module.modules()]
-        self.training = [(m, m.training) for m in modules]
+        self.call, self.generators, self.keep_attention = call, generators, keep_attention
+        self.training: dict[nn.Module, bool] = {}
         # Where each parameter and buffer is, so that the repeated call finds the same ones:
         # torch.func.functional_call, for instance, puts others there for one call.
-        self.slots = [
-            (tensors, name, tensor)
-            for m in modules
-            for tensors in (m._parameters, m._buffers)
-            for name, tensor in tensors.items()
-            if tensor is not None
-        ]
+        self.slots: list[tuple[dict, str, Tensor]] = []
+        found = list(modules)
+        for m in found:  # grows while it is gone through
+            if m is None or m in self.training:
+                continue
+            self.training[m] = m.training
+            for tensors in (m._parameters, m._buffers):
+                self.slots += [(tensors, name, tensor) for name, tensor in tensors.items() if tensor is not None]
+            found += m._modules.values()
         self.parameters = list(dict.fromkeys(tensor for *_, tensor in self.slots if tensor.requires_grad))
-        self.autocast: tuple | None = None
-        if torch.amp.is_autocast_available(device.type):
-            self.autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        self.generators: list[list[Tensor] | None] = []  # their states before each call, if it drew
+        self.autocast: tuple[str, torch.dtype, bool] | None = None
+        kind = generators.device.type
+        if torch.amp.is_autocast_available(kind):
+            self.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        self.states: list[list[Tensor] | None] = []  # of the generators before each call, if it drew
         self.kept: list[list[tuple[str, int] | None]] = []  # kernel and number of tensors of each attention
         self._kept_tensors: list[Tensor | None] = []
-        self._states = self._generator_states()
 
     def first(self, *inputs) -> Tensor:
-        """Call the module without gradients."""
+        """Call the module without gradients, inside `first_calls`."""
         tape = AttentionTape()
-        with _without_weight_cache(), tape.recording() if self.keep_attention else nullcontext():
+        with tape.recording() if self.keep_attention else nullcontext():
             result = self.call(*inputs)
         self.kept.append([kept and (kept.kernel, len(kept.tensors)) for kept in tape.results])
         self._kept_tensors += [x for kept in tape.results if kept for x in kept.tensors]
-        before, self._states = self._states, self._generator_states()
-        drew = any(_bytes(a) != _bytes(b) for a, b in zip(before, self._states, strict=True))
-        self.generators.append(before if drew else None)
+        self.states.append(self.generators.states_if_drawn())
         return result
 
     def saved(self) -> list[Tensor | None]:
@@ -83,52 +112,36 @@ class CallRecord:
 
         Parameters are among it, although they are not read: torch then notices if they were changed.
         """
-        tensors, self._kept_tensors, self._states = self._kept_tensors, [], []
+        tensors, self._kept_tensors = self._kept_tensors, []
         return [*self.parameters, *tensors]
 
-    def _generator_states(self) -> list[Tensor]:
-        states = [torch.get_rng_state()]
-        # While a CUDA graph is captured the device's generator can be neither read nor set.
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self.device.type not in ("cpu", "meta") and not capturing:
-            states.append(torch.get_device_module(self.device).get_rng_state(self.device))
-        return states
-
-    def set_generators(self, states: Sequence[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        for state in states[1:]:
-            torch.get_device_module(self.device).set_rng_state(state, self.device)
-
-    @contextmanager
-    def as_it_was(self, call: int, slots: Sequence[tuple]) -> Iterator[None]:
-        """The circumstances of a call: autocast, training flags, generators; and tensors in these slots."""
-        changed = [m for m, training in self.training if m.training != training]
+    def again(self, number: int, slots: Sequence[tuple[dict, str, Tensor]], *inputs) -> Tensor:
+        """Repeat a call as it was made, with gradients, and with the tensors of these slots."""
+        changed = [m for m, training in self.training.items() if m.training != training]
         present = [(tensors, name, tensors.get(name)) for tensors, name, _ in slots]
-        states = self.generators[call]
-        now = self._generator_states() if states else None
-        for m in changed:
-            m.training = not m.training
-        for tensors, name, tensor in slots:
-            tensors[name] = tensor
-        if states:
-            self.set_generators(states)
+        states = self.states[number]
+        now = None if states is None else self.generators.states()
         try:
-            with self._autocast_again():
-                yield
+            for m in changed:
+                m.training = not m.training
+            for tensors, name, tensor in slots:
+                tensors[name] = tensor
+            if states is not None:
+                self.generators.set(states)
+            with torch.enable_grad():
+                if self.autocast is None:
+                    return self.call(*inputs)
+                kind, dtype, enabled = self.autocast
+                # Without the weight cache: it would keep low-precision copies of all weights alive.
+                with torch.autocast(kind, dtype, enabled, cache_enabled=False):
+                    return self.call(*inputs)
         finally:
             for m in changed:
                 m.training = not m.training
             for tensors, name, tensor in present:
                 tensors[name] = tensor
-            if now:
-                self.set_generators(now)
-
-    def _autocast_again(self):
-        if self.autocast is None:
-            return nullcontext()
-        enabled, dtype = self.autocast
-        # Without the weight cache: it would keep low-precision copies of all weights alive.
-        return torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+            if now is not None:
+                self.generators.set(now)
 
 
 class Replay:
@@ -174,13 +187,14 @@ class Replay:
             x.detach().requires_grad_(want) if isinstance(x, Tensor) else x
             for x, want in zip(inputs, wanted, strict=True)
         ]
-        tape = AttentionTape(self.results[call])
-        with self.record.as_it_was(call, self.slots), torch.enable_grad(), tape.replaying():
-            y = self.record.call(*inputs)
+        kept = self.results[call]
+        with AttentionTape(kept).replaying() if kept else nullcontext():
+            y = self.record.again(call, self.slots, *inputs)
         grad = dy(y.detach())
         variables = [x for x, want in zip(inputs, wanted, strict=True) if want] + self.aliases
         if not (variables and y.requires_grad):
             return [None] * len(inputs)
+        y = get_gradient_edge(y)  # its value has been read
         grads = iter(torch.autograd.grad(y, variables, grad, allow_unused=True))
         result = [next(grads) if want else None for want in wanted]
         for i, g in enumerate(grads):
@@ -238,9 +252,9 @@ def recompute(
 # torch.compile cannot trace the nested graph of the backward pass: in training it breaks its graph here.
 @torch.compiler.disable
 def _recompute(call: Callable, inputs: Sequence, parts: Parts, modules: Sequence[nn.Module]) -> Tensor:
-    refuse_functorch()
-    record = CallRecord(call, modules, next(x for x in inputs if isinstance(x, Tensor)).device)
-    return _Recompute.apply(record, parts, len(inputs), *inputs, *record.parameters)
+    with first_calls(next(x for x in inputs if isinstance(x, Tensor)).device) as generators:
+        record = CallRecord(call, modules, generators)
+        return _Recompute.apply(record, parts, len(inputs), *inputs, *record.parameters)
 
 
 class _Recompute(torch.autograd.Function):
@@ -314,11 +328,10 @@ def recompute_each(
 
 @torch.compiler.disable
 def _recompute_each(calls: Sequence[Callable], modules: Sequence, inputs: Sequence) -> tuple[Tensor, ...]:
-    refuse_functorch()
-    device = next(x for x in inputs if isinstance(x, Tensor)).device
-    records = [CallRecord(call, used, device) for call, used in zip(calls, modules, strict=True)]
-    parameters = dict.fromkeys(p for record in records for p in record.parameters)
-    return _RecomputeEach.apply(records, list(parameters), len(inputs), *inputs, *parameters)
+    with first_calls(next(x for x in inputs if isinstance(x, Tensor)).device) as generators:
+        records = [CallRecord(call, used, generators) for call, used in zip(calls, modules, strict=True)]
+        parameters = dict.fromkeys(p for record in records for p in record.parameters)
+        return _RecomputeEach.apply(records, list(parameters), len(inputs), *inputs, *parameters)
 
 
 class _RecomputeEach(torch.autograd.Function):
@@ -347,6 +360,7 @@ class _RecomputeEach(torch.autograd.Function):
             for branch, grad in zip(branches, grads, strict=True):
                 (dx,) = branch.gradients(0, [x], [True], lambda y, grad=grad: grad.to(y.dtype))
                 total = dx if total is None else total.add_(dx)
+                del dx
             return total
 
         dinputs = trunk.gradients(0, inputs, wanted, through_branches)
@@ -356,26 +370,27 @@ class _RecomputeEach(torch.autograd.Function):
         return None, None, None, *dinputs, *sums.values()
 
 
-def refuse_functorch() -> None:
-    """Say what to do under torch.func, which cannot look into what is computed again."""
+@contextmanager
+def first_calls(device: torch.device) -> Iterator[Generators]:
+    """A context for first calls on a device.
+
+    Autocast is without its cache of weights: copies made without gradients must not be found by others.
+
+    Raises:
+        RuntimeError: inside a transform of torch.func.
+    """
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
             "torch.func transforms (grad, vjp, vmap, ...) cannot differentiate what is computed again in the "
             "backward pass; use activations='cached' (and transitions='cached') there"
         )
-
-
-@contextmanager
-def _without_weight_cache() -> Iterator[None]:
-    """Autocast without its cache of weights: copies made without gradients must not be found by others."""
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        yield
+        yield Generators(device)
     finally:
         torch.set_autocast_cache_enabled(enabled)
 
 
 def _bytes(state: Tensor) -> bytes:
-    # Read from memory: a comparison of tensors would be seen by modes that watch or replace operators.
     return ctypes.string_at(state.data_ptr(), state.nbytes)

@@ -94,6 +94,7 @@ class StageTransition(nn.Module):
 
     def _kept_attention(self, z: Tensor, hw: tuple[int, int], mask: Tensor | None) -> Tensor:
         attn = self.F.attn
+        residual = recompute(self._residual, z, hw, modules=[self.widen, *attn.modules_of("q")])
         # Before pooling q, k and v are large: the backward pass computes one at a time.
         q, k, v = recompute_each(
             lambda z: to_autocast_dtype(self.F.norm(z)),
@@ -101,7 +102,6 @@ class StageTransition(nn.Module):
             [[self.F.norm], *(attn.modules_of(name) for name in "qkv")],
             z,
         )
-        residual = recompute(self._residual, z, hw, modules=[self.widen, *attn.modules_of("q")])
         return _masked_sum(residual, attn.proj(attn.attend(q, k, v)), mask)
 
     def _residual(self, z: Tensor, hw: tuple[int, int]) -> Tensor:

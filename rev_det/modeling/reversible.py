@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from .kept_attention import keep_attention_policy
-from .repetition import WHOLE, CallRecord, Replay, part, refuse_functorch, split
+from .repetition import WHOLE, CallRecord, Replay, first_calls, part, split
 
 ACTIVATIONS = ("reversible", "cached", "checkpoint")
 Masks = Sequence[tuple[Tensor | None, Tensor | None]]
@@ -178,13 +178,13 @@ def _checked(x: Tensor, y: Tensor) -> Tensor:
 # The functions below open nested autograd graphs, which torch.compile cannot trace: it breaks its graph here.
 @torch.compiler.disable
 def _run_reversible(blocks, masks, keep_attention, x1, x2, args) -> tuple[Tensor, Tensor]:
-    refuse_functorch()
     run = _Run(len(blocks))
-    for i, (block, (mask_f, mask_g)) in enumerate(zip(blocks, masks, strict=True)):
-        f = _Branch(block.F, x2, args, mask_f, keep_attention)
-        g = _Branch(block.G, x1, (), mask_g, keep_attention)
-        parameters = dict.fromkeys((*f.record.parameters, *g.record.parameters))
-        x1, x2 = _Block.apply(run, i, f, g, len(args), x1, x2, *args, *parameters)
+    with first_calls(x1.device) as generators:
+        for i, (block, (mask_f, mask_g)) in enumerate(zip(blocks, masks, strict=True)):
+            f = _Branch(CallRecord(block.F, [block.F], generators, keep_attention), x2, args, mask_f)
+            g = _Branch(CallRecord(block.G, [block.G], generators, keep_attention), x1, (), mask_g)
+            parameters = dict.fromkeys((*f.record.parameters, *g.record.parameters))
+            x1, x2 = _Block.apply(run, i, f, g, len(args), x1, x2, *args, *parameters)
     return x1, x2
 
 
@@ -248,12 +248,11 @@ class _Block(torch.autograd.Function):
 class _Branch:
     """An F or G as it is applied to a stream: in parts if it asks for them, times its drop-path multiplier."""
 
-    def __init__(self, module: nn.Module, x: Tensor, args: Sequence, mask: Tensor | None, keep: bool):
-        self.record = CallRecord(module, (module,), x.device, keep)
-        self.mask = mask
+    def __init__(self, record: CallRecord, x: Tensor, args: Sequence, mask: Tensor | None):
+        self.record, self.mask = record, mask
         # Tensors among the arguments may not be split like x.
-        alone = hasattr(module, "parts") and not any(isinstance(a, Tensor) for a in args)
-        self.parts = module.parts(x) if alone else WHOLE
+        alone = hasattr(record.call, "parts") and not any(isinstance(a, Tensor) for a in args)
+        self.parts = record.call.parts(x) if alone else WHOLE
         self.dim = self.parts[0]
 
     def saved(self) -> list[Tensor | None]:
