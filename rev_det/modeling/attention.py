@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .kept_attention import attention, to_autocast_dtype
-from .layers import layer_norm
+from .layers import Linear, layer_norm
 
 
 class MultiHeadAttention(nn.Module):
@@ -27,8 +27,8 @@ class MultiHeadAttention(nn.Module):
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads must divide the width: {dim} is not a multiple of {num_heads}")
         self.num_heads = num_heads
-        self.q, self.k, self.v = (nn.Linear(in_dim or dim, dim, bias=qkv_bias) for _ in range(3))
-        self.proj = nn.Linear(dim, dim)
+        self.q, self.k, self.v = (Linear(in_dim or dim, dim, bias=qkv_bias) for _ in range(3))
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         q, k, v = (linear(x).unflatten(-1, (self.num_heads, -1)) for linear in (self.q, self.k, self.v))

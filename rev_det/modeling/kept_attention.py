@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,27 +69,21 @@ class AttentionTape:
         self.results = list(results)
         self._position: int | None = None  # of the next result, while they are replayed
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Keep what `attention` computes in this context."""
-        with self._running(None):
-            yield
+    def record(self, call: Callable, *args) -> tuple[Any, list[KeptResult | None]]:
+        """Call a function and keep what `attention` computes in it: its result and what was kept."""
+        return self._run(call, args), self.results
 
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Let `attention` return in this context what was kept, with gradients to q, k and v."""
-        with self._running(0):
-            yield
+    def replay(self, call: Callable, *args) -> Any:
+        """Call a function in which `attention` returns what was kept, with gradients to q, k and v."""
+        self._position = 0
+        return self._run(call, args)
 
-    @contextmanager
-    def _running(self, position: int | None) -> Iterator[None]:
+    def _run(self, call: Callable, args: Sequence) -> Any:
         if getattr(_running, "tape", None) is not None:
-            # A call within a call: the outer tape stays in charge, so that it remains in step.
-            yield
-            return
-        self._position, _running.tape = position, self
+            return call(*args)  # within another call, whose tape stays in charge and so remains in step
+        _running.tape = self
         try:
-            yield
+            return call(*args)
         finally:
             _running.tape = None
 

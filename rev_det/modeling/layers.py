@@ -19,6 +19,12 @@ def layer_norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
 
 
+class Linear(nn.Linear):
+    """torch's, whose parameters nothing reads but its own product: under autocast, in autocast's type only."""
+
+    casts_parameters = True  # see `CallRecord.casts`
+
+
 class Mlp(nn.Module):
     """Linear, GELU (erf), linear; dropout after each linear layer if asked for. (B, N, C) -> (B, N, C).
 
@@ -30,9 +36,9 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = Linear(dim, hidden_dim)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = Linear(hidden_dim, dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ This module needs torch alone.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -76,34 +76,47 @@ class CallRecord:
         keep_attention: bool = False,
     ):
         self.call, self.generators, self.keep_attention = call, generators, keep_attention
+        self.autocast: tuple[str, bool, torch.dtype] | None = None
+        kind = generators.device.type
+        if torch.amp.is_autocast_available(kind):
+            self.autocast = kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self.training: dict[nn.Module, bool] = {}
         # Where each parameter and buffer is, so that the repeated call finds the same ones:
         # torch.func.functional_call, for instance, puts others there for one call.
         self.slots: list[tuple[dict, str, Tensor]] = []
+        # Those of modules that read their parameters in autocast's type alone.
+        self.castable: list[tuple[dict, str, Tensor]] = []
         found = list(modules)
         for m in found:  # grows while it is gone through
             if m is None or m in self.training:
                 continue
             self.training[m] = m.training
+            casts = self.autocast and self.autocast[1] and getattr(type(m), "casts_parameters", False)
             for tensors in (m._parameters, m._buffers):
-                self.slots += [(tensors, name, tensor) for name, tensor in tensors.items() if tensor is not None]
+                slots = [(tensors, name, x) for name, x in tensors.items() if x is not None]
+                self.slots += slots
+                self.castable += slots if casts else []
             found += m._modules.values()
         self.parameters = list(dict.fromkeys(tensor for *_, tensor in self.slots if tensor.requires_grad))
-        self.autocast: tuple[str, torch.dtype, bool] | None = None
-        kind = generators.device.type
-        if torch.amp.is_autocast_available(kind):
-            self.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         self.states: list[list[Tensor] | None] = []  # of the generators before each call, if it drew
         self.kept: list[list[tuple[str, int] | None]] = []  # kernel and number of tensors of each attention
         self._kept_tensors: list[Tensor | None] = []
 
     def first(self, *inputs) -> Tensor:
         """Call the module without gradients, inside `first_calls`."""
-        tape = AttentionTape()
-        with tape.recording() if self.keep_attention else nullcontext():
-            result = self.call(*inputs)
-        self.kept.append([kept and (kept.kernel, len(kept.tensors)) for kept in tape.results])
-        self._kept_tensors += [x for kept in tape.results if kept for x in kept.tensors]
+        copies = self.casts()
+        for (tensors, name, _), copy in zip(self.castable, copies, strict=True):
+            tensors[name] = copy
+        try:
+            if self.keep_attention:
+                result, kept = AttentionTape().record(self.call, *inputs)
+            else:
+                result, kept = self.call(*inputs), ()
+        finally:
+            for tensors, name, tensor in self.castable:
+                tensors[name] = tensor
+        self.kept.append([x and (x.kernel, len(x.tensors)) for x in kept])
+        self._kept_tensors += [tensor for x in kept if x for tensor in x.tensors]
         self.states.append(self.generators.states_if_drawn())
         return result
 
@@ -115,31 +128,35 @@ class CallRecord:
         tensors, self._kept_tensors = self._kept_tensors, []
         return [*self.parameters, *tensors]
 
-    def again(self, number: int, slots: Sequence[tuple[dict, str, Tensor]], *inputs) -> Tensor:
-        """Repeat a call as it was made, with gradients, and with the tensors of these slots."""
+    def casts(self) -> list[Tensor]:
+        """What is in the castable slots, in autocast's type, by one operation instead of one for each."""
+        return _cast([x for *_, x in self.castable], self.autocast[2]) if self.castable else []
+
+    def again(self, number: int, tensors: Sequence[Tensor], inputs: Sequence) -> Tensor:
+        """Repeat a call as it was made, with gradients, and with these tensors in the slots."""
         changed = [m for m, training in self.training.items() if m.training != training]
-        present = [(tensors, name, tensors.get(name)) for tensors, name, _ in slots]
+        present = [slot.get(name) for slot, name, _ in self.slots]
         states = self.states[number]
         now = None if states is None else self.generators.states()
         try:
             for m in changed:
                 m.training = not m.training
-            for tensors, name, tensor in slots:
-                tensors[name] = tensor
+            for (slot, name, _), x in zip(self.slots, tensors, strict=True):
+                slot[name] = x
             if states is not None:
                 self.generators.set(states)
             with torch.enable_grad():
                 if self.autocast is None:
                     return self.call(*inputs)
-                kind, dtype, enabled = self.autocast
+                kind, enabled, dtype = self.autocast
                 # Without the weight cache: it would keep low-precision copies of all weights alive.
                 with torch.autocast(kind, dtype, enabled, cache_enabled=False):
                     return self.call(*inputs)
         finally:
             for m in changed:
                 m.training = not m.training
-            for tensors, name, tensor in present:
-                tensors[name] = tensor
+            for (slot, name, _), x in zip(self.slots, present, strict=True):
+                slot[name] = x
             if now is not None:
                 self.generators.set(now)
 
@@ -164,9 +181,11 @@ class Replay:
             for call in record.kept
         ]
         # Not the parameters themselves: hooks on these are for the gradients that leave the backward pass.
-        self.aliases = [p.detach().requires_grad_() for p in record.parameters]
-        alias_of = dict(zip(record.parameters, self.aliases, strict=True))
-        self.slots = [(tensors, name, alias_of.get(tensor, tensor)) for tensors, name, tensor in record.slots]
+        copies = dict(zip((x for *_, x in record.castable), record.casts(), strict=True))
+        aliases = {p: copies.get(p, p).detach().requires_grad_() for p in record.parameters}
+        self.aliases = list(aliases.values())
+        copies |= aliases
+        self.tensors = [copies.get(x, x) for *_, x in record.slots]
         self.parameter_gradients: list[Tensor | None] = [None] * len(self.aliases)
 
     def gradients(
@@ -187,23 +206,32 @@ class Replay:
             x.detach().requires_grad_(want) if isinstance(x, Tensor) else x
             for x, want in zip(inputs, wanted, strict=True)
         ]
-        kept = self.results[call]
-        with AttentionTape(kept).replaying() if kept else nullcontext():
-            y = self.record.again(call, self.slots, *inputs)
+        again, kept = self.record.again, self.results[call]
+        if kept:
+            y = AttentionTape(kept).replay(again, call, self.tensors, inputs)
+        else:
+            y = again(call, self.tensors, inputs)
         grad = dy(y.detach())
-        variables = [x for x, want in zip(inputs, wanted, strict=True) if want] + self.aliases
-        if not (variables and y.requires_grad):
+        variables = [x for x, want in zip(inputs, wanted, strict=True) if want]
+        if not (y.requires_grad and (variables or self.aliases)):
             return [None] * len(inputs)
         y = get_gradient_edge(y)  # its value has been read
-        grads = iter(torch.autograd.grad(y, variables, grad, allow_unused=True))
-        result = [next(grads) if want else None for want in wanted]
-        for i, g in enumerate(grads):
-            total = self.parameter_gradients[i]
-            if g is None or total is not None:
-                self.parameter_gradients[i] = total if g is None else total + g
-            else:
-                # torch may hand out the gradient of the result itself, which is not ours to give away.
-                self.parameter_gradients[i] = g.clone() if torch._C._is_alias_of(g, grad) else g
+        found = iter(torch.autograd.grad(y, variables + self.aliases, grad, allow_unused=True))
+        result = [next(found) if want else None for want in wanted]
+        # torch may hand out the gradient of the result itself, which is not ours to give away.
+        grads = [g.clone() if g is not None and torch._C._is_alias_of(g, grad) else g for g in found]
+        low = [
+            i
+            for i, (p, g) in enumerate(zip(self.record.parameters, grads, strict=True))
+            if g is not None and g.dtype != p.dtype
+        ]
+        if low:
+            for i, g in zip(low, _cast([grads[i] for i in low], self.record.parameters[low[0]].dtype), strict=True):
+                grads[i] = g
+        self.parameter_gradients = [
+            total if g is None else g if total is None else total + g
+            for total, g in zip(self.parameter_gradients, grads, strict=True)
+        ]
         return result
 
     def add_parameter_gradients(self, sums: dict[Tensor, Tensor | None]) -> None:
@@ -211,6 +239,13 @@ class Replay:
         for p, grad in zip(self.record.parameters, self.parameter_gradients, strict=True):
             if grad is not None:
                 sums[p] = grad if sums[p] is None else sums[p] + grad
+
+
+def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies in another type, by one operation."""
+    copies = [torch.empty_like(x, dtype=dtype, requires_grad=False) for x in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return copies
 
 
 def split(inputs: Sequence, parts: Parts) -> list[slice]:
