@@ -30,6 +30,9 @@ def add_rev_det_config(cfg: CfgNode) -> None:
     rev.TRANSITIONS = "auto"
     # Keep the fused attention's output and log-sum-exp so that the rebuild skips the attention kernel.
     rev.KEEP_ATTENTION = True
+    # Let attention take cuDNN's kernel, which torch prefers on an H100. It makes a plan for every new shape,
+    # and training on images of many sizes waits for each of them; for one size it may be the fastest kernel.
+    rev.CUDNN_ATTENTION = False
     # 0: train everything; 1: freeze the patch and position embeddings; 1 + k: and the first k blocks.
     rev.FREEZE_AT = 0
     # How outputs are made of the two streams (Table 6): "concat-norm", "norm-concat", "norm-1-layer",

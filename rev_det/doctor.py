@@ -23,8 +23,8 @@ from .modeling.reversible import ReversibleSequence
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 _MIN_TORCH = (2, 6)
-# Relative; what is measured is 1e-6 and below, a wrong gradient is off by 1e-2 and more.
-_GRADIENT_TOLERANCE = 1e-3
+# Relative, in float32 and in mixed precision; what is measured is 1e-6 and 1e-3 and below.
+_GRADIENT_TOLERANCES = (1e-3, 1e-2)
 _BUILD_DETECTRON2 = (
     "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git@02b5c4e2'"
 )
@@ -224,27 +224,31 @@ def _other_packages() -> Iterator[Finding]:
 
 
 def _reversible_gradients() -> Iterator[Finding]:
+    fix = "report it, with this output: training would go wrong; MODEL.REV.ACTIVATIONS cached avoids it"
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        what = f"gradients on {device}"
-        error = gradient_error(device)
-        detail = f"reversible against ordinary: relative error {error:.1e}"
-        if error <= _GRADIENT_TOLERANCE:
-            yield Finding(what, OK, detail)
-        else:
-            fix = (
-                "report it, with this output: training would go wrong; MODEL.REV.ACTIVATIONS cached avoids it"
-            )
-            yield Finding(what, PROBLEM, detail, fix)
+        has_bf16 = device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+        mixed = torch.bfloat16 if has_bf16 else torch.float16
+        for dtype, tolerance in zip((None, mixed), _GRADIENT_TOLERANCES, strict=True):
+            what = f"gradients on {device}" + (f" in {dtype}".replace("torch.", "") if dtype else "")
+            error = gradient_error(device, dtype)
+            detail = f"reversible against ordinary: relative error {error:.1e}"
+            if error <= tolerance:  # which NaN is not
+                yield Finding(what, OK, detail)
+            else:
+                yield Finding(what, PROBLEM, detail, fix)
 
 
-def gradient_error(device: str) -> float:
+def gradient_error(device: str, dtype: torch.dtype | None = None) -> float:
     """Train a few reversible blocks one step, forward and backward, in both ways.
 
     Args:
         device: to compute on.
+        dtype: of mixed precision, in which results of attention are kept, as training does by default; None
+            for float32, where they are computed again.
 
     Returns:
-        the largest difference of any gradient to ordinary training's, over the largest of its values.
+        the largest difference of any gradient to ordinary training's, over the largest of its values; NaN if
+        there is one among them.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -252,12 +256,17 @@ def gradient_error(device: str) -> float:
         x = torch.randn(2, 64, 32).to(device)
     gradients = {}
     for activations in ("cached", "reversible"):
-        y1, y2 = ReversibleSequence(blocks, activations=activations)(x, x)
-        gradients[activations] = torch.autograd.grad((y1 * y2).mean(), list(blocks.parameters()))
-    return max(
-        ((ours - theirs).abs().max() / theirs.abs().max()).item()
+        sequence = ReversibleSequence(blocks, activations=activations, keep_attention=dtype is not None)
+        with torch.autocast(device, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            y1, y2 = sequence(x, x)
+            loss = (y1 * y2).mean()
+        gradients[activations] = torch.autograd.grad(loss, list(blocks.parameters()))
+    errors = [
+        (ours - theirs).abs().max() / theirs.abs().max()
         for ours, theirs in zip(gradients["reversible"], gradients["cached"], strict=True)
-    )
+    ]
+    # Python's own max overlooks NaN.
+    return torch.stack(errors).max().item()
 
 
 class _Block(nn.Module):
@@ -276,8 +285,9 @@ class _Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)  # (B, N, C) each
-        return nn.functional.scaled_dot_product_attention(q, k, v)
+        # With heads, (B, heads, N, C / heads) each: fused kernels take nothing less.
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (

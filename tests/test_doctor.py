@@ -1,6 +1,7 @@
 """`rev-det doctor` finds what is broken and says how to mend it, also where Detectron2 is missing."""
 
 import importlib
+import math
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import types
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rev_det import doctor
 from rev_det.cli import main
@@ -192,6 +194,50 @@ def test_the_self_check_is_exact_repeatable_and_sees_a_wrong_gradient(monkeypatc
     assert finding.status == PROBLEM and "ACTIVATIONS cached" in finding.fix
 
 
+def test_the_self_check_sees_nan_wherever_it_is(monkeypatch):
+    class Broken(doctor._Block):
+        def __init__(self, dim):
+            super().__init__(dim)
+            # Neither the first nor the last of the parameters.
+            self.G[1].bias.register_hook(lambda grad: grad * float("nan"))
+
+    monkeypatch.setattr(doctor, "_Block", Broken)
+    assert math.isnan(doctor.gradient_error("cpu"))
+    finding = found("gradients on cpu")
+    assert finding.status == PROBLEM and finding.detail.endswith("relative error nan")
+
+
+def test_the_self_check_sees_what_is_wrong_in_mixed_precision_with_kept_attention_alone(monkeypatch):
+    class Wrong(doctor.ReversibleSequence):
+        def forward(self, x1, x2):
+            y1, y2 = super().forward(x1, x2)
+            wrong = self.activations == "reversible" and self.keep_attention
+            wrong = wrong and torch.get_autocast_dtype("cpu") is torch.bfloat16
+            return (y1 * 1.1, y2) if wrong and torch.is_autocast_enabled("cpu") else (y1, y2)
+
+    assert found("gradients on cpu in bfloat16").status == OK
+    monkeypatch.setattr(doctor, "ReversibleSequence", Wrong)
+    assert found("gradients on cpu").status == OK
+    assert found("gradients on cpu in bfloat16").status == PROBLEM
+
+
+def test_the_self_check_runs_a_fused_kernel():
+    """Of an attention that is not fused nothing is kept, and there would be nothing to check."""
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+    class Counting(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += func is fused
+            return func(*args, **(kwargs or {}))
+
+    with Counting() as counting:
+        doctor.gradient_error("cpu", torch.bfloat16)
+    # Eight blocks in each of two forward passes; the rebuild takes what was kept.
+    assert counting.calls == 16
+
+
 def run_without_detectron2(folder, *arguments):
     """The command in a process where Detectron2 is not installed."""
     code = f"""
@@ -252,3 +298,5 @@ def test_a_built_extension_names_its_compiler(monkeypatch, broken):
 def test_the_gpu_is_named_and_its_gradients_checked():
     assert torch.cuda.get_device_name(0) in found("CUDA").detail
     assert found("gradients on cuda").status == OK
+    mixed = [finding for finding in examine() if re.match("gradients on cuda in b?float16", finding.what)]
+    assert [finding.status for finding in mixed] == [OK]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config_files import find_config_file
+from ..devices import cudnn_attention
 from ..engine import load_config
 from .counting import GIB, MIB, StepCount, count_backbone
 from .detector import DetectorStep, count_detector
@@ -263,7 +264,9 @@ class Measuring:
     def try_measure(self, case: Case, warm_up: int, steps: int) -> Measurement | None:
         """The measurement, or None if the memory does not suffice."""
         what = f"{case.title}, {case.scheme.name}, {case.batch} images of {case.size[0]}x{case.size[1]}"
-        with memory_limit(self.device, self.limit):
+        # As training does it, unless a config says otherwise.
+        allowed = case.cfg is not None and case.cfg.MODEL.REV.CUDNN_ATTENTION
+        with memory_limit(self.device, self.limit), cudnn_attention(allowed):
             return unless_out_of_memory(lambda: self._measure(case, warm_up, steps), what)
 
     def _measure(self, case: Case, warm_up: int, steps: int) -> Measurement:

@@ -222,36 +222,25 @@ def _check(
 def _device(name: str | None) -> torch.device | None:
     import torch
 
+    from ..devices import check_device
+
     if name is None:
         return None
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device must be cuda, cuda:1 or cpu; got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no CUDA device; leave it out to count instead")
-    if device.type not in ("cuda", "cpu"):
-        raise ValueError(f"--device must be cuda, cuda:1 or cpu; got {name!r}")
-    if device.type == "cpu":
-        return device
-    if device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    if device.index >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices, from cuda:0"
-        )
-    return device
+        device = torch.device(check_device("--device", name))
+    except ValueError as error:
+        raise ValueError(f"{error}; without --device the step is counted instead") from error
+    # torch wants the number where it limits the memory.
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
 
 
 def _check_precision(cases: Sequence[Case], device: torch.device | None) -> None:
     """Older GPUs emulate bfloat16: neither their time nor their memory would be what was asked for."""
-    import torch
+    from ..devices import computes_in_bfloat16
 
     on_gpu = device is not None and device.type == "cuda"
-    if on_gpu and any(case.dtype == "bf16" for case in cases):
-        with torch.cuda.device(device):
-            if not torch.cuda.is_bf16_supported(including_emulation=False):
-                raise ValueError("this GPU does not compute in bfloat16: give --dtype fp32 or another GPU")
+    if on_gpu and any(case.dtype == "bf16" for case in cases) and not computes_in_bfloat16(device):
+        raise ValueError("this GPU does not compute in bfloat16: give --dtype fp32 or another GPU")
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:

@@ -70,17 +70,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _choose_device(name: str | None, amp: bool) -> tuple[Precision, str]:
-    import torch
     from detectron2.config import get_cfg
 
     from ..config import add_rev_det_config
+    from ..devices import check_device
     from ..engine.amp import Precision
 
-    gpus = torch.cuda.device_count()
-    name = name or ("cuda" if gpus else "cpu")
-    if name not in ("cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))):
-        there = f"cuda:0 to cuda:{gpus - 1} and cpu" if gpus else "only cpu"
-        raise ValueError(f"--device {name} is not there: this machine has {there}")
+    name = check_device("--device", name)
     cfg = get_cfg()
     add_rev_det_config(cfg)
     cfg.MODEL.DEVICE = name

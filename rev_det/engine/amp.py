@@ -7,10 +7,31 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..checks import check_choice
+from ..devices import computes_in_bfloat16
+
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
 _DTYPES = ("auto", "bf16", "fp16")
+
+
+def check_precision(cfg: CfgNode) -> None:
+    """Check ``SOLVER.AMP.DTYPE`` as far as that can be done without asking a GPU.
+
+    What asks one initialises CUDA, which takes memory there, and does not belong into the process that only
+    starts others.
+
+    Raises:
+        ValueError: the type is unknown, or the CPU does not have it.
+    """
+    check_choice("SOLVER.AMP.DTYPE", cfg.SOLVER.AMP.DTYPE, _DTYPES)
+    on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+    if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "fp16" and on_cpu:
+        raise ValueError(
+            "SOLVER.AMP.DTYPE is 'fp16', which the CPU does not train in; "
+            "set it to 'bf16', or SOLVER.AMP.ENABLED to False"
+        )
 
 
 @dataclass(frozen=True)
@@ -36,25 +57,16 @@ class Precision:
         Raises:
             ValueError: the type is unknown, or the device does not have it.
         """
-        device_type = torch.device(cfg.MODEL.DEVICE).type
-        name = cfg.SOLVER.AMP.DTYPE
-        if name not in _DTYPES:
-            raise ValueError(f"SOLVER.AMP.DTYPE is {name!r}; allowed are {', '.join(map(repr, _DTYPES))}")
+        check_precision(cfg)
+        device, name = torch.device(cfg.MODEL.DEVICE), cfg.SOLVER.AMP.DTYPE
         if not cfg.SOLVER.AMP.ENABLED:
-            return cls(device_type)
-        # Older GPUs emulate bfloat16, at a fraction of the speed of float16.
-        has_bf16 = device_type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-        if name == "fp16" and device_type == "cpu":
-            raise ValueError(
-                "SOLVER.AMP.DTYPE is 'fp16', which the CPU does not train in; "
-                "set it to 'bf16', or SOLVER.AMP.ENABLED to False"
-            )
+            return cls(device.type)
+        has_bf16 = device.type == "cpu" or computes_in_bfloat16(device)
         if name == "bf16" and not has_bf16:
             raise ValueError(
                 "SOLVER.AMP.DTYPE is 'bf16', which this GPU does not have; set it to 'fp16' or 'auto'"
             )
-        use_bf16 = name == "bf16" or (name == "auto" and has_bf16)
-        return cls(device_type, torch.bfloat16 if use_bf16 else torch.float16)
+        return cls(device.type, torch.bfloat16 if has_bf16 and name != "fp16" else torch.float16)
 
     def autocast(self) -> torch.autocast:
         """A context in which the model runs in this precision; it does nothing in float32."""

@@ -52,6 +52,11 @@ def check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
             "--num-machines above 1 needs --dist-url, the same on all: tcp://ADDRESS_OF_MACHINE_0:PORT"
         )
     processes, accumulate = args.num_gpus * args.num_machines, cfg.SOLVER.ACCUMULATE
+    if processes > 1 and cfg.MODEL.DEVICE.startswith("cuda:"):
+        raise ValueError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, a single device, but there are {processes} processes, "
+            "each with a GPU of its own; set it to 'cuda', and CUDA_VISIBLE_DEVICES to the GPUs to take"
+        )
     if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % (processes * accumulate):
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {processes} processes with "

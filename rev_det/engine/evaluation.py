@@ -15,6 +15,7 @@ from detectron2.engine import DefaultTrainer
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, GeneralizedRCNNWithTTA
 from torch import nn
 
+from ..devices import device_settings
 from .amp import Precision
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def evaluating(cfg: CfgNode, model: nn.Module) -> Iterator[None]:
         with (
             torch.random.fork_rng(devices),
             torch.inference_mode(),
+            device_settings(cfg),
             Precision.from_config(cfg).autocast(),
         ):
             yield

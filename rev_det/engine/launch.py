@@ -22,6 +22,7 @@ from ..advice import hide_advice
 from ..checkpoint import RevCheckpointer
 from ..config_files import find_config_file
 from ..data import register_datasets
+from .amp import Precision
 from .console import set_up_run
 from .interruption import (
     STOP_EXIT_CODES,
@@ -137,6 +138,8 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
         with ``--eval-only`` the metrics, as `Trainer.test` returns them; else nothing.
     """
     register_datasets(cfg)
+    # The first question to the GPU, before anything is written.
+    Precision.from_config(cfg)
     set_up_run(cfg, args)
     if not args.eval_only:
         trainer = Trainer(cfg)

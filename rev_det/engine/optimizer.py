@@ -15,10 +15,11 @@ from detectron2.solver.build import reduce_param_groups
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 
+from ..checks import check_choice
+
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
-_OPTIMIZERS = ("AdamW", "SGD")
 GradientClipper = Callable[[Sequence[nn.Parameter]], Tensor]
 
 
@@ -38,19 +39,28 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     solver = cfg.SOLVER
     groups = param_groups(cfg, model)
     check_param_groups(model, groups)
+    check_choice("SOLVER.OPTIMIZER", solver.OPTIMIZER, ("AdamW", "SGD"))
+    # What torch takes on CUDA by itself makes a copy of all parameters in every step.
+    on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    shared = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "fused": on_cuda or None}
     if solver.OPTIMIZER == "AdamW":
-        return torch.optim.AdamW(
-            groups, lr=solver.BASE_LR, betas=tuple(solver.BETAS), weight_decay=solver.WEIGHT_DECAY
-        )
-    if solver.OPTIMIZER == "SGD":
-        return torch.optim.SGD(
-            groups,
-            lr=solver.BASE_LR,
-            momentum=solver.MOMENTUM,
-            nesterov=solver.NESTEROV,
-            weight_decay=solver.WEIGHT_DECAY,
-        )
-    raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; allowed are {', '.join(_OPTIMIZERS)}")
+        optimizer = torch.optim.AdamW(groups, betas=tuple(solver.BETAS), **shared)
+    else:
+        optimizer = torch.optim.SGD(groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **shared)
+    optimizer.register_load_state_dict_pre_hook(_keep_implementation)
+    return optimizer
+
+
+def _keep_implementation(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state to load, of any device, for the implementation that was chosen for this one.
+
+    torch takes such choices from the state, and puts its tensors where they want them.
+    """
+    own, saved = optimizer.param_groups, state["param_groups"]
+    if len(own) == len(saved):  # if not, torch says so
+        choices = ({key: group[key] for key in ("fused", "foreach")} for group in own)
+        state["param_groups"] = [{**group, **choice} for group, choice in zip(saved, choices, strict=True)]
+    return state
 
 
 def param_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:

@@ -26,7 +26,8 @@ from .. import modeling  # noqa: F401
 from ..checkpoint import RevCheckpointer
 from ..config import add_rev_det_config
 from ..data import parse_dataset_argument, register_datasets, resolve_mask_format, resolve_num_classes
-from .amp import Precision
+from ..devices import check_device
+from .amp import check_precision
 from .checks import (
     check_dataset_files,
     check_datasets_named,
@@ -109,7 +110,7 @@ def load_config(
     if eval_only:
         cfg.DATASETS.TRAIN = ()
     _settle_device(cfg, num_gpus)
-    Precision.from_config(cfg)
+    check_precision(cfg)
     register_datasets(cfg)
     resolve_num_classes(cfg)
     resolve_mask_format(cfg)
@@ -259,21 +260,15 @@ def _unknown_key(key: str, known: set[str]) -> str:
 
 def _settle_device(cfg: CfgNode, num_gpus: int) -> None:
     """Fall back on the CPU where there is no CUDA, unless several GPUs were asked for."""
-    wrong = f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; allowed are 'cuda' and 'cpu'"
-    try:
-        device = torch.device(cfg.MODEL.DEVICE)
-    except RuntimeError as error:
-        raise ValueError(wrong) from error
-    if device.type not in ("cuda", "cpu"):
-        raise ValueError(wrong)
-    if device.type == "cpu":
-        return
-    available = torch.cuda.device_count()
-    if num_gpus > max(1, available):
+    name, available = cfg.MODEL.DEVICE, torch.cuda.device_count()
+    is_cuda = re.fullmatch(r"cuda(:\d+)?", name)
+    if is_cuda and num_gpus > max(1, available):
         raise ValueError(
             f"--num-gpus is {num_gpus}, but this machine has {available} CUDA devices; "
             "with MODEL.DEVICE cpu it is the number of processes on the CPU"
         )
-    if not available:
-        logger.warning("MODEL.DEVICE is %r, but there is no CUDA device: using the CPU", cfg.MODEL.DEVICE)
+    if is_cuda and not available:
+        logger.warning("MODEL.DEVICE is %r, but there is no CUDA device: using the CPU", name)
         cfg.MODEL.DEVICE = "cpu"
+        return
+    check_device("MODEL.DEVICE", name)

@@ -7,7 +7,8 @@ import copy
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,16 @@ from ..data import TrainLoader
 from .amp import Precision
 from .optimizer import GradientClipper, total_norm
 
+# What Detectron2 and fvcore assert of boxes (Cascade R-CNN's, and those of IoU losses) that NaN fails.
+_ASSERTED_FINITE = ("Box tensor contains infinite or NaN", "bad box:")
+
 
 class NonFiniteError(FloatingPointError):
     """Training cannot go on because losses or gradients are infinite or NaN.
 
     Attributes:
-        report: plain data, the same on every process: the iteration, and for each process its losses and the
-            images of its batches.
+        report: plain data, the same on every process: the iteration, and for each process the losses of its
+            batches, their images, and the errors that the model raised instead of giving losses.
     """
 
     def __init__(self, message: str, report: dict[str, Any]):
@@ -89,22 +93,20 @@ class TrainStep(SimpleTrainer):
         """Train on the next batches.
 
         Raises:
-            NonFiniteError: on every process, when a loss or the gradient of any of them is infinite or NaN,
-                with float16 only after too many such steps in a row. Parameters and optimizer are then as the
-                last good step left them.
+            NonFiniteError: on every process, when a loss or gradient of any of them is infinite or NaN, or
+                its model raises because of them; with float16 only after too many such steps in a row.
+                Parameters and optimizer are then as the last good step left them.
         """
         self._seed_draws()
         self.optimizer.zero_grad()
-        batches: list[list[str]] = []
-        losses: list[dict[str, Tensor]] = []
+        passes: list[_Pass] = []
         data_time = 0.0
         for index in range(self.accumulate):
             start = time.perf_counter()
             data = next(self._data_loader_iter)
             data_time += time.perf_counter() - start
-            batches.append(_image_names(data))
             with self._synchronisation(last=index == self.accumulate - 1):
-                losses.append(self._forward_backward(data))
+                passes.append(self._forward_backward(data))
             del data
         self._first = False
         self.after_backward()
@@ -112,12 +114,12 @@ class TrainStep(SimpleTrainer):
         self.grad_scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = self.clip_gradients(parameters)
-        if self._agree(losses, norm):
-            self._write_metrics(_mean(losses), data_time)
+        if self._agree(passes, norm):
+            self._write_metrics(_mean([one.losses for one in passes]), data_time)
             self._skipped = 0
             self.grad_scaler.step(self.optimizer)
         else:
-            self._skip(losses, norm, batches)
+            self._skip(passes, norm)
         self.grad_scaler.update()
         if self.grad_scaler.is_enabled():
             get_event_storage().put_scalar("grad_scale", self.grad_scaler.get_scale(), smoothing_hint=False)
@@ -136,12 +138,13 @@ class TrainStep(SimpleTrainer):
             self.data_loader.load_state_dict(state_dict["data_loader"])
             self._position = self._loader_state()
 
-    def _forward_backward(self, data: Any) -> dict[str, Tensor]:
-        with self.precision.autocast():
+    def _forward_backward(self, data: Any) -> _Pass:
+        with self.precision.autocast(), _nan_for_non_finite_errors(self.model) as errors:
             losses = self.model(data)
             total = sum(losses.values()) / self.accumulate
         self.grad_scaler.scale(total).backward()
-        return {name: loss.detach() for name, loss in losses.items()}
+        losses = {name: loss.detach() for name, loss in losses.items()}
+        return _Pass(_image_names(data), losses, "".join(errors))
 
     def _synchronisation(self, last: bool) -> contextlib.AbstractContextManager:
         """Processes exchange gradients in the last backward pass of a step only."""
@@ -153,9 +156,10 @@ class TrainStep(SimpleTrainer):
             return contextlib.nullcontext()
         return model.no_sync()
 
-    def _agree(self, losses: Sequence[Mapping[str, Tensor]], norm: Tensor) -> bool:
+    def _agree(self, passes: Sequence[_Pass], norm: Tensor) -> bool:
         """Whether all is finite on all processes; in the same breath they learn of requests to stop."""
-        finite = torch.stack([torch.isfinite(x).all() for batch in losses for x in batch.values()]).all()
+        losses = [loss for one in passes for loss in one.losses.values()]
+        finite = torch.stack([torch.isfinite(loss).all() for loss in losses]).all()
         bad = ~(finite & torch.isfinite(norm))
         flags = torch.stack([bad.float(), torch.tensor(float(self._stop_requested()), device=bad.device)])
         if comm.get_world_size() > 1:
@@ -163,13 +167,17 @@ class TrainStep(SimpleTrainer):
         is_bad, self.stopping = map(bool, flags.tolist())
         return not is_bad
 
-    def _skip(self, losses: Sequence[Mapping[str, Tensor]], norm: Tensor, batches: list[list[str]]) -> None:
+    def _skip(self, passes: Sequence[_Pass], norm: Tensor) -> None:
         """Go on without this step where that may help, which is to say with float16 and not for ever."""
         self._skipped += 1
         if self.grad_scaler.is_enabled() and self._skipped <= self.max_skipped_steps:
             return
-        values = [{name: _plain(loss) for name, loss in batch.items()} for batch in losses]
-        own = {"losses": values, "images": batches, "gradient_norm": _plain(norm)}
+        own = {
+            "losses": [{name: _plain(loss) for name, loss in one.losses.items()} for one in passes],
+            "errors": [one.error for one in passes],
+            "images": [one.images for one in passes],
+            "gradient_norm": _plain(norm),
+        }
         report = {
             "iteration": self.iter,
             "skipped_steps": self._skipped - 1,
@@ -188,6 +196,54 @@ class TrainStep(SimpleTrainer):
 
     def _loader_state(self) -> dict[str, int] | None:
         return copy.copy(self.data_loader.state_dict()) if isinstance(self.data_loader, TrainLoader) else None
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A forward and backward pass of a step.
+
+    Attributes:
+        images: names of the batch's.
+        losses: by name, without their graph.
+        error: with which the model ended its forward pass, for numbers that are not finite; else empty.
+    """
+
+    images: list[str]
+    losses: dict[str, Tensor]
+    error: str
+
+
+@contextlib.contextmanager
+def _nan_for_non_finite_errors(model: nn.Module) -> Iterator[list[str]]:
+    """Have a model return a loss that is NaN where it would raise because numbers are not finite.
+
+    Detectron2 raises in the middle of the forward pass of one process, for whose gradients the others would
+    wait for ever. This acts inside DistributedDataParallel, and the loss depends on all parameters: their
+    gradients become NaN on every process. (SyncBatchNorm behind what raises is not helped: there they wait.)
+
+    Yields:
+        the messages of what would have been raised.
+    """
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    forward, own, messages = model.forward, vars(model).get("forward"), []
+
+    def guarded(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        try:
+            return forward(*args, **kwargs)
+        except (FloatingPointError, AssertionError) as error:
+            if not isinstance(error, FloatingPointError) and not str(error).startswith(_ASSERTED_FINITE):
+                raise
+            messages.append(str(error))
+            return {"loss": math.nan * sum(p.sum() for p in model.parameters() if p.requires_grad)}
+
+    model.forward = guarded
+    try:
+        yield messages
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
 
 
 def _mean(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -209,8 +265,10 @@ def _describe(report: Mapping[str, Any]) -> str:
     """In one line which losses of which images are not finite, and what may help."""
     found = []
     for rank, process in enumerate(report["processes"]):
-        for losses, images in zip(process["losses"], process["images"], strict=True):
+        keys = ("losses", "errors", "images")
+        for losses, error, images in zip(*(process[key] for key in keys), strict=True):
             bad = [f"{name} is {value}" for name, value in losses.items() if isinstance(value, str)]
+            bad = [f"the model raised {error!r}"] if error else bad
             if bad:
                 found.append(f"{', '.join(bad)} for {', '.join(images) or 'a batch'} (process {rank})")
     if not found:

@@ -22,6 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from ..checkpoint import RevCheckpointer
 from ..data import RevCOCOEvaluator, RevDatasetMapper, TrainLoader, build_train_loader
+from ..devices import device_settings
 from ..files import write_json
 from .amp import Precision
 from .checkpoints import Checkpoints, Evaluation, unwritable
@@ -175,7 +176,10 @@ class Trainer(DefaultTrainer):
         # Hooks of a subclass may be others: who cannot stop in order must not be deaf to being stopped.
         can_stop = any(isinstance(hook, Checkpoints) for hook in self._hooks)
         try:
-            with self.stop_request.listening() if can_stop else contextlib.nullcontext():
+            with (
+                self.stop_request.listening() if can_stop else contextlib.nullcontext(),
+                device_settings(self.cfg),
+            ):
                 return super().train()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):

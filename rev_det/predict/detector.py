@@ -21,6 +21,7 @@ from ..checkpoint import RevCheckpointer
 from ..checkpoint.named import PUBLISHED
 from ..config import add_rev_det_config
 from ..config_files import find_config_file
+from ..devices import check_device, device_settings
 from ..engine import Precision
 from .classes import Classes, classes_from_json, classes_of_config, files_of_config, training_folder
 
@@ -117,6 +118,7 @@ class Detector:
     ):
         if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
             raise ValueError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; allowed are 'RGB' and 'BGR'")
+        self.cfg = cfg
         self.model = model.eval()
         self.classes = classes
         self.precision = precision
@@ -139,7 +141,7 @@ class Detector:
         """
         inputs = [self._prepare(image) for image in images]
         try:
-            with torch.inference_mode(), self.precision.autocast():
+            with torch.inference_mode(), device_settings(self.cfg), self.precision.autocast():
                 results = self.model(inputs)
         except torch.OutOfMemoryError as error:
             raise ValueError(
@@ -217,7 +219,7 @@ def load_detector(
     """
     if not 0.0 <= threshold <= 1.0:
         raise ValueError(f"--threshold must be from 0 to 1, got {threshold}")
-    device = _check_device(device)
+    device = check_device("--device", device)
     cfg = read_config(origin.config_file, opts, device)
     cfg.defrost()
     if dataset_json:
@@ -305,12 +307,3 @@ def _settle_classes(
         absent if found is None else f"the data of its config have {len(found.names)}",
     )
     return Classes.numbered(count)
-
-
-def _check_device(name: str | None) -> str:
-    gpus = torch.cuda.device_count()
-    name = name or ("cuda" if gpus else "cpu")
-    if name not in ("cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))):
-        there = f"cuda:0 to cuda:{gpus - 1} and cpu" if gpus else "only cpu"
-        raise ValueError(f"--device {name} is not there: this machine has {there}")
-    return name

@@ -125,7 +125,7 @@ def test_any_detectron2_config_is_counted(tmp_path):
         (["--depth", "0"], "--depth must be at least 1, got 0"),
         (["--depth", "5"], "--depth of a Rev-MViT must be at least 7"),
         (["--steps", "5"], "--steps and --warm-up are of a measurement: give a --device"),
-        (["--device", "tpu"], "--device must be cuda, cuda:1 or cpu"),
+        (["--device", "tpu"], "--device is 'tpu'; allowed on this machine are"),
         (["--max-batch"], "--max-batch needs a --memory-limit"),
         (["--max-batch", "--memory-limit", "16"], "--memory-limit must be a number of GB, GiB, MB or MiB"),
         (["--max-batch", "--memory-limit", "0GB"], "--memory-limit must be a number"),
@@ -189,7 +189,7 @@ def test_a_gpu_without_bfloat16_is_not_asked_for_it(monkeypatch, capsys):
     assert main(["bench", *SMALL, "--device", "cuda"]) == 2
     assert "does not compute in bfloat16: give --dtype fp32" in capsys.readouterr().err
     assert main(["bench", *SMALL, "--device", "cuda:3"]) == 2
-    assert "--device cuda:3: this machine has 1 CUDA devices" in capsys.readouterr().err
+    assert "--device is 'cuda:3'; allowed on this machine are cuda, cuda:0, cpu" in capsys.readouterr().err
 
 
 def test_a_config_is_analyzed(capsys):

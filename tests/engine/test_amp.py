@@ -1,5 +1,7 @@
 """The arithmetic that SOLVER.AMP chooses on each device."""
 
+import contextlib
+
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -27,17 +29,26 @@ def test_the_cpu_computes_in_bfloat16(dtype):
     assert Precision.from_config(amp_config("cpu", dtype)) == Precision("cpu", torch.bfloat16)
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU to be asked, whether it computes in bfloat16; it can emulate it."""
+
+    def install(has_bf16: bool) -> None:
+        answer = lambda including_emulation=True: has_bf16 or including_emulation  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
+        monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+
+    return install
+
+
 @pytest.mark.parametrize("has_bf16, expected", [(True, torch.bfloat16), (False, torch.float16)])
-def test_auto_takes_bfloat16_only_where_the_gpu_does_not_emulate_it(monkeypatch, has_bf16, expected):
-    # torch's own default answers True for GPUs that emulate it.
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16 or including_emulation
-    )
+def test_auto_takes_bfloat16_only_where_the_gpu_does_not_emulate_it(gpu, has_bf16, expected):
+    gpu(has_bf16)
     assert Precision.from_config(amp_config("cuda")).dtype is expected
 
 
-def test_bf16_on_a_gpu_without_it_is_an_error(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+def test_bf16_on_a_gpu_without_it_is_an_error(gpu):
+    gpu(False)
     with pytest.raises(ValueError, match="SOLVER.AMP.DTYPE is 'bf16'.*'fp16' or 'auto'"):
         Precision.from_config(amp_config("cuda", "bf16"))
 

@@ -1,5 +1,6 @@
 """Parameter groups, optimizers and gradient clipping."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -97,9 +98,75 @@ def test_adamw_and_sgd_take_their_keys(cfg):
     assert {(group["lr"], group["momentum"]) for group in sgd.param_groups} == {(0.5, 0.7)}
 
 
+class OnCuda(nn.Parameter):
+    """Says so. torch has fused optimizers for the CPU as well."""
+
+    is_cuda = True
+
+
+def toy(on_cuda: bool) -> Toy:
+    model = Toy()
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, OnCuda(parameter.detach()) if on_cuda else parameter)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+def test_on_cuda_alone_the_optimizer_is_fused(cfg, kind):
+    cfg.SOLVER.OPTIMIZER = kind
+    for on_cuda, expected in ((True, True), (False, None)):
+        groups = build_optimizer(cfg, toy(on_cuda)).param_groups
+        assert {(group["fused"], group["foreach"]) for group in groups} == {(expected, None)}
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+@pytest.mark.parametrize("saved_on_cuda", [True, False])
+def test_a_state_of_another_device_is_loaded_for_the_implementation_of_this_one(cfg, kind, saved_on_cuda):
+    cfg.SOLVER.OPTIMIZER = kind
+    cfg.SOLVER.BASE_LR = 0.25
+    saved, resumed = (toy(on_cuda) for on_cuda in (saved_on_cuda, not saved_on_cuda))
+    optimizers = [build_optimizer(cfg, model) for model in (saved, resumed)]
+    state = take_step(saved, optimizers[0])
+    chosen = [group["fused"] for group in optimizers[1].param_groups]
+    optimizers[1].load_state_dict(state)
+    assert [group["fused"] for group in optimizers[1].param_groups] == chosen
+    resumed.load_state_dict(saved.state_dict())
+    for model, optimizer in zip((saved, resumed), optimizers, strict=True):
+        take_step(model, optimizer)
+    for name, parameter in saved.named_parameters():
+        torch.testing.assert_close(resumed.get_parameter(name).data, parameter.data)
+
+
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    for i, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.full_like(parameter, 0.1 * (i + 1)).detach()
+    optimizer.step()
+    return copy.deepcopy(optimizer.state_dict())
+
+
+def test_a_state_of_other_groups_is_refused_by_torch(cfg):
+    optimizer = build_optimizer(cfg, Toy())
+    state = optimizer.state_dict()
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict({**state, "param_groups": state["param_groups"][:1]})
+
+
+@pytest.mark.gpu
+def test_a_step_of_the_optimizer_takes_no_copy_of_the_parameters(cfg):
+    model = nn.Linear(1024, 4096, bias=False, device="cuda")
+    optimizer = build_optimizer(cfg, model)
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    optimizer.step()
+    assert torch.cuda.max_memory_allocated() - before < 0.1 * model.weight.nbytes
+
+
 def test_an_unknown_optimizer_is_an_error(cfg):
     cfg.SOLVER.OPTIMIZER = "adam"
-    with pytest.raises(ValueError, match="SOLVER.OPTIMIZER is 'adam'; allowed are AdamW, SGD"):
+    with pytest.raises(ValueError, match="SOLVER.OPTIMIZER is 'adam'; allowed are 'AdamW', 'SGD'"):
         build_optimizer(cfg, Toy())
 
 

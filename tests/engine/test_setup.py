@@ -58,6 +58,40 @@ def test_without_cuda_the_cpu_is_used_with_a_warning(check, caplog):
     assert "MODEL.DEVICE is 'cuda', but there is no CUDA device: using the CPU" in caplog.text
 
 
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Two CUDA devices that may be counted, but not used."""
+
+    def initialize():
+        raise AssertionError("CUDA is initialised")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", initialize)
+
+
+@pytest.mark.parametrize(
+    "device, options, message",
+    [
+        ("cuda:2", (), "MODEL.DEVICE is 'cuda:2'; allowed on this machine are cuda, cuda:0, cuda:1, cpu"),
+        ("cuda", ("--num-gpus", "3"), "--num-gpus is 3, but this machine has 2 CUDA devices"),
+        ("cuda:1", ("--num-gpus", "2"), "'cuda:1', a single device, but there are 2 proc.*set it to 'cuda'"),
+        ("cuda:0", ("--num-machines", "2", "--dist-url", "tcp://a:1"), "'cuda:0', a single device"),
+    ],
+)
+def test_devices_that_are_not_there_or_too_few(check, two_gpus, device, options, message):
+    with pytest.raises(ValueError, match=message):
+        check("MODEL.DEVICE", device, options=options)
+
+
+@pytest.mark.parametrize("device, processes", [("cuda", "2"), ("cuda:1", "1")])
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "fp16"])
+def test_the_process_that_starts_the_others_leaves_cuda_alone(check, two_gpus, device, processes, dtype):
+    amp = ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", dtype)
+    cfg = check("MODEL.DEVICE", device, *amp, options=("--num-gpus", processes))
+    assert cfg.MODEL.DEVICE == device
+
+
 def test_several_processes_on_the_cpu_need_no_gpu(check):
     assert check("MODEL.DEVICE", "cpu", options=("--num-gpus", "2")).MODEL.DEVICE == "cpu"
 
@@ -78,8 +112,8 @@ def test_several_processes_on_the_cpu_need_no_gpu(check):
         (("SOLVER.STEPS", "5"), r"""SOLVER.STEPS "\(5,\)"$"""),
         (("MODEL.ANCHOR_GENERATOR.SIZES", "8"), r"""MODEL.ANCHOR_GENERATOR.SIZES "\[\[.*\]\]"$"""),
         (("--resume", "True"), "--resume comes after the first KEY VALUE pair"),
-        (("MODEL.DEVICE", "gpu"), "MODEL.DEVICE is 'gpu'; allowed are 'cuda' and 'cpu'"),
-        (("MODEL.DEVICE", "meta"), "MODEL.DEVICE is 'meta'; allowed are 'cuda' and 'cpu'"),
+        (("MODEL.DEVICE", "gpu"), "MODEL.DEVICE is 'gpu'; allowed on this machine are .*cpu"),
+        (("MODEL.DEVICE", "meta"), "MODEL.DEVICE is 'meta'; allowed on this machine are .*cpu"),
         (("MODEL.BACKBONE.NAME", "rev_mvit"), "config cannot be built: .*rev_mvit.*BACKBONE"),
         (("MODEL.REV_MVIT.LAST_BLOCK_INDEXES", "(0, 2, 1, 8)"), "(?i)last_block_indexes"),
         (("MODEL.REV_MVIT.LAST_BLOCK_INDEXES", "(0, 2, 6, 7)"), "(?i)last_block_indexes"),

@@ -1,11 +1,16 @@
 """One optimizer step."""
 
 import copy
+import functools
 import json
+import re
 
 import pytest
 import torch
+from detectron2.layers import ciou_loss
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
+from fvcore.nn import giou_loss
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
@@ -220,6 +225,63 @@ def test_what_failed_is_told_with_its_images():
     assert process["images"] == [["a.jpg", "b.jpg"], ["c.jpg", "d.jpg"]]
     assert [losses["loss_a"] == "nan" for losses in process["losses"]] == [False, True]
     assert json.loads(json.dumps(caught.value.report)).keys() == caught.value.report.keys()
+
+
+class WithBoxes(TwoLosses):
+    """Hands boxes that are not finite to what Cascade R-CNN does with them, or an IoU loss."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.use = use
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.use(self.linear(x).expand(-1, 4) * float("nan"))
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "use, said",
+    [
+        (lambda boxes: Boxes(boxes.detach()).clip((8, 8)), "Box tensor contains infinite or NaN!"),
+        (lambda boxes: giou_loss(boxes, torch.ones(2, 4)), "bad box: x1 larger than x2"),
+        (lambda boxes: ciou_loss(boxes, torch.ones(2, 4)), "bad box: x1 larger than x2"),
+    ],
+)
+def test_what_detectron2_asserts_of_boxes_is_a_step_that_is_not_finite(use, said):
+    told = f"iteration 0: the model raised {said!r} for a batch"
+    with pytest.raises(NonFiniteError, match=re.escape(told)):
+        run(make_step(WithBoxes(use)))
+    step = make_step(WithBoxes(use), max_skipped_steps=1)
+    step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    with pytest.raises(NonFiniteError, match="iteration 1 after 1 skipped steps"):
+        run(step, iterations=2)
+    assert step.grad_scaler.get_scale() == 2.0**11
+
+
+def test_other_errors_of_a_model_are_left_alone():
+    def use(boxes):
+        raise AssertionError("Instance annotations are missing in training!")
+
+    model = WithBoxes(use)
+    model.forward = forward = functools.partial(WithBoxes.forward, model)  # as torch.compile leaves one
+    with pytest.raises(AssertionError, match="^Instance annotations"):
+        run(make_step(model))
+    assert model.forward is forward
+
+
+@pytest.mark.parametrize("clip", [clip_to_half, total_norm])
+def test_a_fused_optimizer_takes_the_step_of_an_ordinary_one_under_a_loss_scale(clip):
+    ordinary, fused = TwoLosses(), TwoLosses()
+    steps = [make_step(model, clip=clip, batches=infinite_at(1, of=4)) for model in (ordinary, fused)]
+    for step in steps:
+        is_fused = step.model is fused or None
+        step.optimizer = torch.optim.AdamW(step.model.parameters(), lr=0.1, fused=is_fused)
+        # torch's scaler hands its scale to a fused optimizer, which must not divide by it once more.
+        step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        run(step, iterations=4)
+        assert step.grad_scaler.get_scale() == 2.0**11
+    assert_same(ordinary, fused)
+    assert {int(state["step"]) for state in steps[1].optimizer.state.values()} == {3}
 
 
 def test_a_request_to_stop_is_known_after_the_step():

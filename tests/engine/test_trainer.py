@@ -66,6 +66,25 @@ def test_training_and_evaluation_in_bfloat16_on_the_cpu(tiny_run, nano_config, m
     assert len(types) == 1 + 4
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_run_attends_with_one_choice_of_kernels_and_leaves_torchs_own(tiny_run, nano_mvit, allowed):
+    cfg, _ = parsed(tiny_run(nano_mvit, "MODEL.REV.CUDNN_ATTENTION", str(allowed)))
+    trainer, seen = Trainer(cfg), {}
+
+    def note(when):
+        return lambda *_: seen.setdefault(when, set()).add(torch.backends.cuda.cudnn_sdp_enabled())
+
+    attention = trainer.model.backbone.bottom_up.blocks[0].F
+    attention.register_forward_hook(lambda *_: note("training" if trainer.model.training else "test")())
+    next(attention.parameters()).register_hook(note("backward"))
+    trainer.train()
+    assert seen == dict.fromkeys(("training", "backward", "test"), {allowed})
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    seen.clear()
+    Trainer.test(cfg, trainer.model)
+    assert seen == {"test": {allowed}}
+
+
 def test_evaluation_leaves_the_model_in_training_mode_and_able_to_train(tiny_run, nano_mvit):
     cfg, _ = parsed(tiny_run(nano_mvit))
     trainer = Trainer(cfg)
