@@ -24,6 +24,7 @@ from ..checkpoint import RevCheckpointer
 from ..data import RevCOCOEvaluator, RevDatasetMapper, TrainLoader, build_train_loader
 from ..files import write_json
 from .amp import Precision
+from .build import build_detector
 from .checkpoints import Checkpoints, Evaluation, unwritable
 from .evaluation import evaluate_with_augmentation, evaluating
 from .hooks import Curves, PeakMemory, Predictions, Throughput
@@ -249,7 +250,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        model = super().build_model(cfg)
+        model = build_detector(cfg)
+        logger.info("Model:\n%s", model)
         logger.info("The model has %.1f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
         return model
 
