@@ -251,7 +251,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = build_detector(cfg)
-        logger.info("Model:\n%s", model)
+        # As Detectron2's trainer does: its logger shows it in log.txt, and not on the console.
+        logging.getLogger("detectron2").info("Model:\n%s", model)
         logger.info("The model has %.1f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
         return model
 

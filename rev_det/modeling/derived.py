@@ -21,7 +21,7 @@ class Methods:
     def __reduce_ex__(self, protocol):
         # pickle finds classes by name, and one that was derived at run time has none to be found by.
         base, sets = split(type(self))
-        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        _, _, *state = super().__reduce_ex__(protocol)
         return _blank, (base, *sets), *state
 
 
