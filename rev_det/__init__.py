@@ -3,8 +3,15 @@
 Importing this package registers the backbones with Detectron2, if that is installed, and does nothing else.
 """
 
+from . import modeling
 from .config import add_rev_det_config
 from .modeling import ReversibleSequence
 
 __version__ = "0.1.0"
-__all__ = ["ReversibleSequence", "__version__", "add_rev_det_config"]
+__all__ = ["ReversibleSequence", "__version__", "add_rev_det_config", "float32_boxes"]
+
+
+def __getattr__(name: str):
+    if name == "float32_boxes":  # needs Detectron2
+        return modeling.float32_boxes
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

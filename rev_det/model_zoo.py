@@ -86,7 +86,7 @@ def get(
         device: None for CUDA if there is a GPU, else the CPU.
 
     Returns:
-        the model in training mode, as Detectron2's ``model_zoo.get`` returns it.
+        the model in training mode, as Detectron2's ``model_zoo.get`` returns it, with `float32_boxes`.
 
     Raises:
         FileNotFoundError: the weights do not exist, or cannot be downloaded.
@@ -100,13 +100,12 @@ def get(
                 f"no ImageNet weights are published for {name}; weights=None starts from nothing"
             )
     import torch
-    from detectron2.modeling import build_model
 
-    from . import modeling  # noqa: F401  (registers the backbones)
     from .checkpoint import RevCheckpointer
+    from .engine import build_detector
 
     cfg.MODEL.DEVICE = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = build_model(cfg)
+    model = build_detector(cfg)
     if weights is not None:
         RevCheckpointer(model).load(os.fspath(weights), checkpointables=[])
     return model

@@ -17,6 +17,7 @@ from torch import nn
 import rev_det.export as module
 from rev_det import model_zoo
 from rev_det.cli import main
+from rev_det.engine import build_detector
 from rev_det.export import DESCRIPTION, check_target, export
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "export.md"
@@ -72,7 +73,7 @@ def build(make):
     torch.manual_seed(0)
     cfg = make()
     cfg.MODEL.DEVICE = "cpu"
-    model = build_model(cfg)
+    model = build_detector(cfg)
     if make is retinanet:
         # At first all scores are nearly the same, and which are the highest is left to chance.
         for parameter in model.head.parameters():

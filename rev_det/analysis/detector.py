@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..engine import Precision, TrainStep, build_gradient_clipper, build_optimizer
+from ..engine import Precision, TrainStep, build_detector, build_gradient_clipper, build_optimizer
 from .counting import Counter, StepCount
 from .phantom import SkipArithmetic
 
@@ -96,19 +95,6 @@ class DetectorStep:
             )
         image = torch.randint(256, (3, height, width), dtype=torch.uint8)
         return {"image": image, "height": height, "width": width, "instances": instances}
-
-
-def build_detector(cfg: CfgNode) -> nn.Module:
-    """Detectron2's ``build_model``, which asserts where it means that a config is wrong.
-
-    Raises:
-        ValueError: the config cannot be built, or needs a package that is missing.
-    """
-    try:
-        return build_model(cfg)
-    except (AssertionError, ImportError, KeyError) as error:
-        text = " ".join(map(str, error.args)) or repr(error)
-        raise ValueError(f"the config cannot be built: {text}") from error
 
 
 def count_detector(cfg: CfgNode, batch: int, size: tuple[int, int]) -> StepCount:

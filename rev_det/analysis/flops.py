@@ -12,7 +12,7 @@ from detectron2.utils.analysis import FlopCountAnalysis, parameter_count
 from fvcore.nn.jit_handles import get_shape
 from torch import nn
 
-from .detector import build_detector
+from ..engine import build_detector
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import RevCheckpointer
+from ..engine import build_detector
 from ..modeling.backbone import ReversibleBackbone
 from ..modeling.layers import ReversibleBlock
-from .detector import build_detector
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode

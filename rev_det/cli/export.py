@@ -62,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: what cannot be exported, and why.
     """
-    from detectron2.modeling import build_model
     from detectron2.utils.logger import setup_logger
 
     from ..analysis.cases import read_config
     from ..checkpoint import RevCheckpointer
+    from ..engine import build_detector
     from ..export import check_target, export
     from ..predict import Origin
 
@@ -77,10 +77,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(str(error)) from error
     origin = Origin.find(None, args.config_file, args.weights)
     cfg = read_config(origin.config_file, args.opts)
-    try:
-        model = build_model(cfg)
-    except (AssertionError, KeyError) as error:  # Detectron2's way to say that a config is wrong
-        raise ValueError(f"{origin.config_file} cannot be built: {error}") from error
+    model = build_detector(cfg)
     strict = cfg.MODEL.REV.STRICT_WEIGHTS
     RevCheckpointer(model, strict_weights=strict, evaluation=True).load(origin.weights, checkpointables=[])
     image = _read_image(cfg, args.image) if args.image else None

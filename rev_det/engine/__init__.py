@@ -1,6 +1,7 @@
 """Training and evaluation: the trainer, its optimizer and precision, and the command around it."""
 
 from .amp import Precision
+from .build import build_detector
 from .launch import main, run
 from .optimizer import build_gradient_clipper, build_optimizer, check_param_groups, param_groups
 from .pictures import draw_curves, draw_predictions
@@ -13,6 +14,7 @@ __all__ = [
     "TrainStep",
     "Trainer",
     "argument_parser",
+    "build_detector",
     "build_gradient_clipper",
     "build_optimizer",
     "check_param_groups",

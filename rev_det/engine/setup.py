@@ -18,7 +18,6 @@ import torch
 import yaml
 from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser
-from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 
 # Importing rev_det.modeling registers the backbones.
@@ -28,6 +27,7 @@ from ..config import add_rev_det_config
 from ..data import parse_dataset_argument, register_datasets, resolve_mask_format, resolve_num_classes
 from ..devices import check_device
 from .amp import check_precision
+from .build import build_detector, explained
 from .checks import (
     check_dataset_files,
     check_datasets_named,
@@ -36,7 +36,6 @@ from .checks import (
     check_processes,
     check_solver,
     check_training_data,
-    explained,
 )
 from .evaluation import check_test_augmentation
 from .optimizer import build_gradient_clipper, build_optimizer
@@ -155,9 +154,9 @@ def _build_once(cfg: CfgNode, args: argparse.Namespace) -> None:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    with explained(cfg):
-        model = build_model(cfg)
-        if not args.eval_only:
+    model = build_detector(cfg)
+    if not args.eval_only:
+        with explained():
             build_lr_scheduler(cfg, build_optimizer(cfg, model))
             build_gradient_clipper(cfg)
     checkpointer = RevCheckpointer(

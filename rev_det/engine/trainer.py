@@ -25,6 +25,7 @@ from ..data import RevCOCOEvaluator, RevDatasetMapper, TrainLoader, build_train_
 from ..devices import device_settings
 from ..files import write_json
 from .amp import Precision
+from .build import build_detector
 from .checkpoints import Checkpoints, Evaluation, unwritable
 from .evaluation import evaluate_with_augmentation, evaluating
 from .hooks import Curves, PeakMemory, Predictions, Throughput
@@ -253,7 +254,9 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        model = super().build_model(cfg)
+        model = build_detector(cfg)
+        # As Detectron2's trainer does: its logger shows it in log.txt, and not on the console.
+        logging.getLogger("detectron2").info("Model:\n%s", model)
         logger.info("The model has %.1f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
         return model
 

@@ -21,16 +21,17 @@ else:
             # Importing Detectron2 uses what newer versions of torch advise against: not for users to mend.
             warnings.filterwarnings("ignore", "`torch.jit.script")
             from . import baselines, build
+            from .float32 import float32_boxes
             from .rev_mvit import RevMViT
             from .rev_vit import RevViT
 
-        __all__ += ["baselines", "build"]
+        __all__ += ["baselines", "build", "float32_boxes"]
     except Exception as error:
         _CAUSE = error
         _OBSTACLE = f"which cannot be imported ({type(error).__name__}: {error}); run `rev-det doctor`"
 
 
 def __getattr__(name: str):
-    if _OBSTACLE and name in ("RevMViT", "RevViT", "baselines", "build"):
+    if _OBSTACLE and name in ("RevMViT", "RevViT", "baselines", "build", "float32_boxes"):
         raise ImportError(f"rev_det.modeling.{name} needs Detectron2, {_OBSTACLE}") from _CAUSE
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

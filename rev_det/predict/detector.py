@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import transforms as T
-from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import nn
 
@@ -22,7 +21,7 @@ from ..checkpoint.named import PUBLISHED
 from ..config import add_rev_det_config
 from ..config_files import find_config_file
 from ..devices import check_device, device_settings
-from ..engine import Precision
+from ..engine import Precision, build_detector
 from .classes import Classes, classes_from_json, classes_of_config, files_of_config, training_folder
 
 if TYPE_CHECKING:
@@ -233,10 +232,7 @@ def load_detector(
     cfg.SOLVER.AMP.ENABLED = amp
     # What lies below it is not worth a mask, and what lies above it must not be left out before.
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = threshold
-    try:
-        model = build_model(cfg)
-    except (AssertionError, KeyError) as error:  # Detectron2's way to say that a config is wrong
-        raise ValueError(f"{origin.config_file} cannot be built: {error}") from error
+    model = build_detector(cfg)
     strict = cfg.MODEL.REV.STRICT_WEIGHTS
     RevCheckpointer(model, strict_weights=strict, evaluation=True).load(origin.weights, checkpointables=[])
     return Detector(cfg, model, classes, Precision.from_config(cfg), threshold, chosen)

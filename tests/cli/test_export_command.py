@@ -76,7 +76,7 @@ def test_a_check_without_detections_is_said_to_be_little(run, capsys):
         (["--image", "config.yaml"], "--image config.yaml cannot be read"),
         (["--part", "backbone", "--size", "100", "100"], "must be multiples of 32"),
         (["MODEL.NO_KEY", "1"], "there is no config key MODEL.NO_KEY"),
-        (["MODEL.ROI_HEADS.NAME", "NoHeads"], "config.yaml cannot be built"),
+        (["MODEL.ROI_HEADS.NAME", "NoHeads"], "the config cannot be built"),
     ],
 )
 def test_errors_are_one_line_and_nothing_is_written(run, more, message, capsys):

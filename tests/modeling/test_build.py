@@ -295,8 +295,14 @@ try:
     from rev_det.modeling import RevMViT
 except ImportError as error:
     print(error)
+try:
+    rev_det.float32_boxes
+except ImportError as error:
+    print(error)
 """
     out = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     )
-    assert "needs Detectron2, which is not installed" in out.stdout and "make setup" in out.stdout
+    lines = out.stdout.splitlines()
+    for name, line in zip(("RevMViT", "float32_boxes"), lines, strict=True):
+        assert f"{name} needs Detectron2, which is not installed" in line and "make setup" in line
