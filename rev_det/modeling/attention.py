@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,8 +32,15 @@ class MultiHeadAttention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        q, k, v = (linear(x).unflatten(-1, (self.num_heads, -1)) for linear in (self.q, self.k, self.v))
-        return self.proj(self.attend(q, k, v))
+        layers = self.q, self.k, self.v
+        if all(type(m) is Linear and not m._forward_hooks and not m._forward_pre_hooks for m in layers):
+            # As one product, x is read once, and so are the three gradients.
+            weight = torch.cat([to_autocast_dtype(m.weight) for m in layers])
+            bias = None if self.q.bias is None else torch.cat([to_autocast_dtype(m.bias) for m in layers])
+            qkv = functional.linear(x, weight, bias).chunk(3, -1)
+        else:  # somebody's own layers, or hooks that want to see them
+            qkv = (layer(x) for layer in layers)
+        return self.proj(self.attend(*(y.unflatten(-1, (self.num_heads, -1)) for y in qkv)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(d)) v. (B, N, heads, d) each -> (B, Nq, heads * d)."""

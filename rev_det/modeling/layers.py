@@ -9,10 +9,10 @@ from .kept_attention import to_autocast_dtype
 from .repetition import WHOLE, Parts
 
 LAYER_NORM_EPS = 1e-6
-# The widest tensors of a part of a branch have about this many values (32 MiB in bfloat16): large enough to
-# keep a GPU busy with each part, small enough to be little of the peak. A function of shapes alone: every
+# The widest tensors of a part of a branch have at most this many values (128 MiB in bfloat16): large enough
+# for few launches, small enough not to be the peak. The number of parts is a function of shapes alone: every
 # process, a resumed run and the count of memory take the same parts.
-PART_VALUES = 2**25
+PART_VALUES = 2**26
 
 
 def layer_norm(dim: int) -> nn.LayerNorm:
