@@ -102,7 +102,9 @@ class MultiHeadPoolingAttention(MultiHeadAttention):
 
     def modules_of(self, name: str) -> list[nn.Module]:
         """What `project` and `pool` use of this module for queries, keys or values."""
-        pooling = [getattr(self, f"pool_{name}"), getattr(self, f"norm_{name}")] if name in self.pooled else []
+        pooling = (
+            [getattr(self, f"pool_{name}"), getattr(self, f"norm_{name}")] if name in self.pooled else []
+        )
         return [getattr(self, name), *pooling]
 
     def pool(self, name: str, x: Tensor, hw: tuple[int, int]) -> Tensor:

@@ -39,7 +39,9 @@ class Generators:
 
     def states(self) -> list[Tensor]:
         cpu = torch.get_rng_state()
-        return [cpu] if self.on_cpu else [cpu, torch.get_device_module(self.device).get_rng_state(self.device)]
+        return (
+            [cpu] if self.on_cpu else [cpu, torch.get_device_module(self.device).get_rng_state(self.device)]
+        )
 
     def set(self, states: Sequence[Tensor]) -> None:
         torch.set_rng_state(states[0])
@@ -226,7 +228,9 @@ class Replay:
             if g is not None and g.dtype != p.dtype
         ]
         if low:
-            for i, g in zip(low, _cast([grads[i] for i in low], self.record.parameters[low[0]].dtype), strict=True):
+            for i, g in zip(
+                low, _cast([grads[i] for i in low], self.record.parameters[low[0]].dtype), strict=True
+            ):
                 grads[i] = g
         self.parameter_gradients = [
             total if g is None else g if total is None else total + g
@@ -338,7 +342,9 @@ class _Recompute(torch.autograd.Function):
 
 
 def recompute_each(
-    trunk: Callable[..., Tensor], branches: Sequence[Callable[[Tensor], Tensor]], modules: Sequence[Sequence[nn.Module]],
+    trunk: Callable[..., Tensor],
+    branches: Sequence[Callable[[Tensor], Tensor]],
+    modules: Sequence[Sequence[nn.Module]],
     *inputs,
 ) -> tuple[Tensor, ...]:
     """Apply several functions to one result and keep the inputs only.
