@@ -52,7 +52,7 @@ def to_autocast_dtype(x: Tensor) -> Tensor:
 
 
 class KeptResult(NamedTuple):
-    """What a fused kernel returned: the name of its autograd node, and (output, log-sum-exp, random state)."""
+    """What a fused kernel returned: the name of its autograd node; output, log-sum-exp and random state."""
 
     kernel: str
     tensors: tuple[Tensor | None, ...]
@@ -146,7 +146,7 @@ def _saved_names(node: type) -> list[str]:
 @cache
 def _say_not_kept(kernel: str, shape: tuple[int, ...], dtype: str) -> None:
     logger.warning(
-        "No fused kernel that keeps its result took the attention of queries %s in %s (torch chose %s): it is "
+        "No fused kernel took the attention of queries %s in %s (torch chose %s): its result is not kept but "
         "computed again in the backward pass",
         shape,
         dtype,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from .kept_attention import to_autocast_dtype
@@ -20,7 +19,7 @@ def layer_norm(dim: int) -> nn.LayerNorm:
 
 
 class Linear(nn.Linear):
-    """torch's, whose parameters nothing reads but its own product: under autocast, in autocast's type only."""
+    """torch's, with parameters that only its own product reads: under autocast in no other type."""
 
     casts_parameters = True  # see `CallRecord.casts`
 

@@ -11,8 +11,8 @@ This module needs torch alone.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ WHOLE = (0, 1)
 class Generators:
     """The random generators that calls on a device draw from, and their states after the last call.
 
-    While a CUDA graph is captured the device's generator can be neither read nor set: calls must not draw then.
+    While a CUDA graph is captured the device's generator can be neither read nor set: no call may draw then.
     """
 
     def __init__(self, device: torch.device):
@@ -279,8 +279,8 @@ def recompute(
     Args:
         call: the module, or a function that uses ``modules``.
         inputs: tensors, and other values.
-        parts: (dimension, number): apply the module to that many parts of its inputs, which have one shape but
-            for the last dimension and are treated independently along that dimension.
+        parts: (dimension, number): apply the module to that many parts of its inputs, which have one shape
+            but for the last dimension and are treated independently along that dimension.
         modules: all modules whose parameters and buffers a function uses.
     """
     if not torch.is_grad_enabled():

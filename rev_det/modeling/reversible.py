@@ -203,8 +203,8 @@ class _Run:
 class _Block(torch.autograd.Function):
     """One block, as a function of the streams, of F's arguments and of the parameters of F and G.
 
-    Of the size of a stream only the last block of a run keeps anything, its outputs. Parameters are inputs and
-    their gradients are outputs: these arrive block by block while the backward pass advances.
+    Only the last block of a run keeps anything of the size of a stream: its outputs. Parameters are inputs
+    and their gradients are outputs, which arrive block by block while the backward pass advances.
     """
 
     @staticmethod
@@ -232,9 +232,10 @@ class _Block(torch.autograd.Function):
         ours = ctx.index < ctx.run.last
         y1, y2 = ctx.run.take() if ours else saved
 
-        x2, dx1, _ = G.take_from(y2, dy2, [y1], [True], dy1, ours)  # X2 = Y2 - G(Y1)
-        x1, dx2, dargs = F.take_from(y1, dx1, [x2, *args], [needs_x, *needs_args], dy2, ours, before)
+        # X2 = Y2 - G(Y1)
+        x2, dx1, _ = G.undo(y2, dy2, [y1], [True], dy1, ours)
         # X1 = Y1 - F(X2)
+        x1, dx2, dargs = F.undo(y1, dx1, [x2, *args], [needs_x, *needs_args], dy2, ours, invert=before)
 
         if before:
             ctx.run.streams = x1, x2
@@ -246,13 +247,14 @@ class _Block(torch.autograd.Function):
 
 
 class _Branch:
-    """An F or G as it is applied to a stream: in parts if it asks for them, times its drop-path multiplier."""
+    """An F or G as it is applied to a stream: times its drop-path multiplier, and in parts if it asks."""
 
     def __init__(self, record: CallRecord, x: Tensor, args: Sequence, mask: Tensor | None):
         self.record, self.mask = record, mask
+        self.parts = WHOLE
         # Tensors among the arguments may not be split like x.
-        alone = hasattr(record.call, "parts") and not any(isinstance(a, Tensor) for a in args)
-        self.parts = record.call.parts(x) if alone else WHOLE
+        if hasattr(type(record.call), "parts") and not any(isinstance(a, Tensor) for a in args):
+            self.parts = record.call.parts(x)
         self.dim = self.parts[0]
 
     def saved(self) -> list[Tensor | None]:
@@ -272,7 +274,7 @@ class _Branch:
             _sum_(cut(y), _checked(cut(y), self.record.first(*map(cut, inputs))), cut(self.mask))
         return y
 
-    def take_from(
+    def undo(
         self,
         y: Tensor,
         dy: Tensor,
@@ -314,10 +316,10 @@ class _Branch:
                 return torch.mul(cut(dy), mask, out=torch.empty_like(result))
 
             grad, *others = self.replay.gradients(call, [*map(cut, inputs)], wanted, invert_and_weigh)
-            if grad is not None and overwrite:
-                cut(dx).add_(grad)
+            if not overwrite:
+                dx = dx.clone() if grad is None else dx + grad
             elif grad is not None:
-                dx = dx + grad
+                cut(dx).add_(grad)
         return x, dx, others
 
 
