@@ -97,7 +97,7 @@ class CallRecord:
             for tensors in (m._parameters, m._buffers):
                 slots = [(tensors, name, x) for name, x in tensors.items() if x is not None]
                 self.slots += slots
-                self.castable += slots if casts else []
+                self.castable += [slot for slot in slots if casts and slot[2].dtype is torch.float32]
             found += m._modules.values()
         self.parameters = list(dict.fromkeys(tensor for *_, tensor in self.slots if tensor.requires_grad))
         self.states: list[list[Tensor] | None] = []  # of the generators before each call, if it drew
@@ -222,15 +222,9 @@ class Replay:
         result = [next(found) if want else None for want in wanted]
         # torch may hand out the gradient of the result itself, which is not ours to give away.
         grads = [g.clone() if g is not None and torch._C._is_alias_of(g, grad) else g for g in found]
-        low = [
-            i
-            for i, (p, g) in enumerate(zip(self.record.parameters, grads, strict=True))
-            if g is not None and g.dtype != p.dtype
-        ]
-        if low:
-            for i, g in zip(
-                low, _cast([grads[i] for i in low], self.record.parameters[low[0]].dtype), strict=True
-            ):
+        low = [i for i, g in enumerate(grads) if g is not None and g.dtype != self.record.parameters[i].dtype]
+        if low:  # of the castable ones
+            for i, g in zip(low, _cast([grads[i] for i in low], torch.float32), strict=True):
                 grads[i] = g
         self.parameter_gradients = [
             total if g is None else g if total is None else total + g
