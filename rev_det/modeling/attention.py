@@ -33,8 +33,8 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         layers = self.q, self.k, self.v
-        if all(type(m) is Linear and not m._forward_hooks and not m._forward_pre_hooks for m in layers):
-            # As one product, x is read once, and so are the three gradients.
+        if all(type(m) is Linear and not _has_hooks(m) for m in layers):
+            # As one product: x is read once, and its gradient is written once.
             weight = torch.cat([to_autocast_dtype(m.weight) for m in layers])
             bias = None if self.q.bias is None else torch.cat([to_autocast_dtype(m.bias) for m in layers])
             qkv = functional.linear(x, weight, bias).chunk(3, -1)
@@ -46,6 +46,10 @@ class MultiHeadAttention(nn.Module):
         """softmax(q k^T / sqrt(d)) v. (B, N, heads, d) each -> (B, Nq, heads * d)."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _has_hooks(m: nn.Module) -> bool:
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
 class MultiHeadPoolingAttention(MultiHeadAttention):

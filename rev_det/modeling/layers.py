@@ -41,6 +41,8 @@ class Mlp(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.dropout.p:
+            return self.fc2(self.act(self.fc1(x)))
         return self.dropout(self.fc2(self.dropout(self.act(self.fc1(x)))))
 
     def parts(self, x: Tensor) -> Parts:
