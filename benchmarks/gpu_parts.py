@@ -216,26 +216,41 @@ def find_largest(run: Run, cases: Sequence[Case], limits: Sequence[int]) -> None
 
     def step(case: Case, share: float) -> Row:
         row = Row({name: value for name, value in case.labels.items() if name != "images"})
-        few, more = (tried(replace(case, batch=batch), None) for batch in (1, 3))
-        if few is None or more is None:
-            row.note = "three images do not fit on this GPU"
-            return row
-        each = max(1, (more.allocated - few.allocated) / 2)
+        known = {}
+        for batch in (1, 3):
+            result = tried(replace(case, batch=batch), None)
+            if result is None:
+                row.note = "three images do not fit on this GPU"
+                return row
+            known[batch] = result.allocated
         for limit in limits:
+            # Where gradients are most of the memory, few images say little about many.
+            while extended(known, limit) > 4 * max(known):
+                more = 3 * max(known)
+                result = tried(replace(case, batch=more), limit)
+                if result is None:
+                    break
+                known[more] = result.allocated
             found: dict[int, Any] = {}
 
             def fits(batch: int, limit=limit, found=found) -> bool:
                 found[batch] = tried(replace(case, batch=batch), limit)
                 return found[batch] is not None
 
-            # The allocator cannot use quite all: its blocks do not lie without gaps.
-            batch = largest_batch(fits, 1 + int(0.97 * (limit - few.allocated) / each))
+            batch = largest_batch(fits, extended(known, limit))
             name = f"{limit / 1e9:g} GB"
             row.figures[f"largest batch in {name}"] = measured(batch, "images")
             if batch:
                 speed = found[batch].images_per_second
                 row.figures[f"throughput in {name}"] = measured(speed, "images/s")
         return row
+
+    def extended(known: dict[int, int], limit: int) -> int:
+        """The batch at which the line through the two largest known ones meets the limit."""
+        few, more = sorted(known)[-2:]
+        each = max(1, (known[more] - known[few]) / (more - few))
+        # The allocator cannot use quite all: its blocks do not lie without gaps.
+        return max(1, more + int((0.97 * limit - known[more]) / each))
 
     def tried(case: Case, limit: int | None):
         return Measuring(run.device, 1, 1, limit).try_measure(case, 1, 1)
