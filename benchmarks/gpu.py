@@ -39,7 +39,7 @@ PAGE = ROOT / "docs" / "gpu.md"
 # Where a machine without a network is given images.
 CARRIED_DATA = ROOT / ".gpu" / "coco_overfit12"
 # A part is told to end these seconds before it is made to.
-GRACE = 20
+GRACE = 40
 INTERRUPTED = "interrupted"
 
 
@@ -146,8 +146,8 @@ _INTRODUCTION = """\
 
 <!-- Written by `python benchmarks/gpu.py --page` from the files gpu_*.json in benchmarks/results. -->
 
-Every figure here was measured, by the part of `benchmarks/gpu.py` that is named with it; counted ones stand
-beside some, and say so. All figures, with machine, versions and command, are in `benchmarks/results/`.
+Each section is measured by one part of `make gpu`; where counted figures stand beside measured ones, they say
+so. All figures, with machine, versions and command, are in `benchmarks/results/`.
 
 ```
 make gpu PYTHON=python3
