@@ -10,6 +10,8 @@ DEMO = train_net.py --config-file configs/Quickstart/mask_rcnn_rev_mvit_nano_fpn
 VENV_PYTHON = $(VENV)/bin/python
 # An environment that is there sets itself up, so that the system's Python may be too old or absent.
 RUNNER := $(if $(shell test -x $(VENV_PYTHON) && echo there),$(VENV_PYTHON),$(PYTHON))
+# Of `make gpu`, which installs nothing: the PYTHON that is given, otherwise as above.
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(RUNNER),$(PYTHON))
 # Here and not in the installer, because an old Python cannot even read that.
 CHECK = import sys; v = sys.version_info; sys.exit('error: rev_det needs Python 3.10 or newer, $(RUNNER) is \
 	%d.%d; name another: make PYTHON=python3.11' % v[:2] if v < (3, 10) else 0)
@@ -22,7 +24,7 @@ endef
 
 # lint and test set up the same environment
 .NOTPARALLEL:
-.PHONY: help setup demo test test-slow lint format lint-setup docs clean
+.PHONY: help setup demo test test-slow gpu lint format lint-setup docs clean
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -38,6 +40,10 @@ test: setup ## run the tests that take seconds
 
 test-slow: setup ## run the tests that take minutes
 	$(VENV_PYTHON) -m pytest -m slow $(ARGS)
+
+gpu: ## measure on a GPU what docs/gpu.md lists: PARTS="doctor tests" GPU_DATA=folder FORCE=1 MINUTES=5
+	@$(GPU_PYTHON) benchmarks/gpu.py $(if $(PARTS),--parts $(PARTS)) $(if $(GPU_DATA),--data "$(GPU_DATA)") \
+	  $(if $(FORCE),--force) $(if $(MINUTES),--minutes $(MINUTES)) $(ARGS)
 
 lint: lint-setup ## check the code's form, without the gigabytes of torch
 	$(VENV_PYTHON) -m ruff check .

@@ -73,6 +73,11 @@ class DetectorStep:
         hook.remove()
         self.batch[:] = [self._image(_some(boxes.cpu())) for boxes in found]
 
+    def resize(self, size: tuple[int, int]) -> None:
+        """Go on with images of another size, (H, W) in pixels, whose objects are spread over them."""
+        self.size = size
+        self.batch[:] = [self._image(_spread_boxes(size)) for _ in self.batch]
+
     def rois(self) -> dict[str, float]:
         """RoIs of an image in the last step: of the box head, and of the mask head (foreground)."""
         latest = {name: value for name, (value, _) in self.storage.latest().items()}

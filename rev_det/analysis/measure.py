@@ -183,11 +183,13 @@ def memory_limit(device: torch.device, nbytes: int | None) -> Iterator[None]:
         )
     # What earlier cases left in the allocator's cache counts towards the limit.
     _free_cached_memory()
-    torch.cuda.set_per_process_memory_fraction(nbytes / total, device)
+    # PyTorch wants a number here, which "cuda" has not.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_per_process_memory_fraction(nbytes / total, index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)
 
 
 def largest_batch(fits: Callable[[int], bool], guess: int = 1) -> int:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rev_det.analysis.counting import Counter
-from rev_det.analysis.detector import DetectorStep, count_detector
+from rev_det.analysis.detector import NUM_OBJECTS, DetectorStep, count_detector
 from rev_det.analysis.measure import measure
 
 
@@ -23,6 +23,18 @@ def test_a_made_up_batch_trains_every_head_with_its_full_share_of_foreground(con
     moved = [not torch.equal(p, b) for p, b in zip(step.model.parameters(), before, strict=True)]
     # The bias of keys has no effect on attention, so none on the losses.
     assert sum(moved) > 0.9 * len(moved)
+
+
+def test_a_step_goes_on_with_images_of_another_size(config):
+    step = DetectorStep(config(), 2, (128, 128))
+    step.settle()
+    seen = []
+    step.model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
+    step.resize((96, 160))
+    step.run()
+    assert seen == [(2, 3, 96, 160)]
+    assert all(len(image["instances"]) == NUM_OBJECTS for image in step.batch)
+    assert step.storage.latest()["loss_mask"][0] > 0
 
 
 def test_counting_a_detector_is_counting_its_real_step(config):

@@ -1,0 +1,378 @@
+#!/usr/bin/env python
+"""Measure on a GPU what is owed, part by part, and write docs/gpu.md from the results.
+
+    python benchmarks/gpu.py                              every part that is not finished (make gpu)
+    python benchmarks/gpu.py --parts doctor tests         these parts (make gpu PARTS="doctor tests")
+    python benchmarks/gpu.py --quick --device cpu         whether the parts run; nothing is measured
+    python benchmarks/gpu.py --page                       docs/gpu.md, from benchmarks/results/gpu_*.json
+
+Nothing is installed and no network is used. Each part runs in a process of its own with a time limit and is
+saved when it ends, so one that fails, hangs or is interrupted takes no other with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# The checkout is measured, whether it is installed or not.
+sys.path.insert(0, str(ROOT))
+from rev_det.analysis.report import Figure, Row, common_labels, format_value, label_text, save_json  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+TRIALS = ROOT / "build" / "gpu"
+PAGE = ROOT / "docs" / "gpu.md"
+# Where a machine without a network is given images.
+CARRIED_DATA = ROOT / ".gpu" / "coco_overfit12"
+# A part is told to end these seconds before it is made to.
+GRACE = 40
+INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part measures.
+
+    Attributes:
+        minutes: it gets at most.
+        title: what it is about.
+        columns: the figures that the page shows; none for all.
+        explanation: how to read them.
+        needs_data: it trains on real images.
+    """
+
+    minutes: float
+    title: str
+    columns: tuple[str, ...] = ()
+    explanation: str = ""
+    needs_data: bool = False
+
+
+_STEP = (
+    *("mean", "throughput", "allocated", "in all, counted", "allocated, measured by counted"),
+    *("peak memory", "peak memory, relative", "time, relative", "timed steps"),
+)
+_STEP_EXPLANATION = (
+    "Mean: of the timed steps, as Detectron2 reports training. Allocated: `torch.cuda.max_memory_allocated`, "
+    "beside the counted memory in all; peak memory: above what existed before the step. Relative: to cached."
+)
+_BATCH_EXPLANATION = (
+    "Under a limit of PyTorch's allocator (`torch.cuda.set_per_process_memory_fraction`), found by trying; "
+    "GB are 10^9 bytes. Throughput: of a single step after two others."
+)
+_DATA_EXPLANATION = (
+    "One seed, evaluated on the images that were trained on. Losses apart: the largest relative difference "
+    "of the two curves, which the file holds. The command's seconds have start and evaluation in them."
+)
+_KERNELS_EXPLANATION = (
+    "One step under torch's profiler. Step, processor (all threads) and idle (the share of a step in which "
+    "no kernel runs) are of steps without it."
+)
+_SHAPES_EXPLANATION = (
+    "New shapes: none has been seen before; then the same once more. The difference is what is lost to "
+    "choosing kernels and making room."
+)
+PARTS = {
+    "doctor": Part(2, "The installation (`rev-det doctor`)"),
+    "tests": Part(8, "The tests that need a GPU (`pytest -m gpu`)"),
+    "step_mvit": Part(
+        8,
+        "Training step of Mask R-CNN with Rev-MViT-B, AdamW included: 2 images of 800x1344",
+        _STEP,
+        _STEP_EXPLANATION,
+    ),
+    "step_vit": Part(
+        8,
+        "Training step of Mask R-CNN with Rev-ViT-B, AdamW included: 2 images of 1024x1024",
+        _STEP,
+        _STEP_EXPLANATION,
+    ),
+    "kernels": Part(
+        8,
+        "Time by kind of kernel",
+        explanation=_KERNELS_EXPLANATION,
+    ),
+    "shapes": Part(
+        6,
+        "Training step of Mask R-CNN with images of changing shapes",
+        explanation=_SHAPES_EXPLANATION,
+    ),
+    "backbone": Part(
+        8, "Training step of the backbones alone, in bfloat16 and float32", explanation=_STEP_EXPLANATION
+    ),
+    "depth": Part(
+        8, "Training step of Rev-MViT-B of growing depth: 2 images of 800x1344", _STEP, _STEP_EXPLANATION
+    ),
+    "batch_mvit": Part(
+        8, "Largest batch: Mask R-CNN with Rev-MViT-B, 800x1344", explanation=_BATCH_EXPLANATION
+    ),
+    "batch_vit": Part(
+        8, "Largest batch: Mask R-CNN with Rev-ViT-B, 1024x1024", explanation=_BATCH_EXPLANATION
+    ),
+    "train": Part(
+        8,
+        "Mask R-CNN with Rev-MViT-B trained on real images, full size, from random weights",
+        explanation=_DATA_EXPLANATION,
+        needs_data=True,
+    ),
+    "nano": Part(
+        8, "The nano Mask R-CNN trained on real images", explanation=_DATA_EXPLANATION, needs_data=True
+    ),
+    "table1": Part(5, "The paper's Table 1: memory of each further image, 224x224, float32"),
+    "figure3b": Part(
+        8,
+        "The paper's figures 3b and 3c: ViT-B of growing depth, 224x224, float32",
+        explanation=_BATCH_EXPLANATION,
+    ),
+}
+
+
+_INTRODUCTION = """\
+# Measured on a GPU
+
+<!-- Written by `python benchmarks/gpu.py --page` from the files gpu_*.json in benchmarks/results. -->
+
+Each section is measured by one part of `make gpu`; where counted figures stand beside measured ones, they say
+so. All figures, with machine, versions and command, are in `benchmarks/results/`.
+
+```
+make gpu PYTHON=python3
+make gpu PYTHON=python3 PARTS="doctor tests step_mvit" GPU_DATA=folder FORCE=1 MINUTES=5
+```
+
+The first runs every part that has no result yet, the second those named. Nothing is installed and no network
+is used: `PYTHON` is an interpreter, 3.10 or newer, with PyTorch for CUDA, torchvision and what else rev_det
+imports, installed or on `PYTHONPATH` (without `PYTHON`, that of `make setup`).
+
+- `GPU_DATA` is a folder with `images` and `instances_train.json` in COCO's format, for the parts that train
+  on real images.
+- `FORCE=1` repeats what is finished. A part gets at most 8 minutes, or `MINUTES`.
+- A part has a process of its own and is saved when it ends. One that fails, hangs or is interrupted takes no
+  other with it; the error is saved in its file, and the exit status is then not 0.
+- Where there is no `make`:
+  `python3 benchmarks/gpu.py --parts doctor tests --data folder --force --minutes 5`.
+- `python3 benchmarks/gpu.py --quick --device cpu` tries on any computer whether the parts run, with small
+  models; `python3 benchmarks/gpu.py --page` writes this page.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    parser.add_argument("--force", action="store_true", help="repeat what is finished")
+    parser.add_argument("--minutes", type=float, default=8, help="no part gets more (default: %(default)s)")
+    parser.add_argument("--data", help="folder with images and COCO's annotations (default: the one carried)")
+    parser.add_argument("--device", default="cuda", help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="try with small models; nothing is measured")
+    parser.add_argument("--results", help="default: benchmarks/results, or build/gpu of what is only tried")
+    parser.add_argument("--page", action="store_true", help="write docs/gpu.md and do nothing else")
+    args = parser.parse_args(argv)
+    if args.page:
+        PAGE.write_text(page(read_results(RESULTS)), encoding="utf-8")
+        return 0
+    try:
+        return run_parts(args)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def run_parts(args: argparse.Namespace) -> int:
+    """Run those parts that are wanted and not finished.
+
+    Returns:
+        0; 1 if a part failed, 130 if this was interrupted.
+
+    Raises:
+        ValueError: there is no such device, or what is only tried would be saved among the measurements.
+    """
+    machine, failure = in_a_process("describe", args, seconds=120)
+    if failure:
+        raise ValueError(f"{args.device} cannot be used ({failure})")
+    # A stand-in for the CUDA driver computes nothing, and calls itself so.
+    is_trial = args.quick or machine.get("gpu", "stub").startswith("stub")
+    folder = Path(args.results or (TRIALS if is_trial else RESULTS))
+    if is_trial and folder.resolve() == RESULTS:
+        raise ValueError(f"{folder} is for measurements on a GPU, and this is a trial: give other --results")
+    folder.mkdir(parents=True, exist_ok=True)
+    data = args.data or (str(CARRIED_DATA) if CARRIED_DATA.is_dir() else "")
+
+    todo, outcomes = [], {}
+    for name in dict.fromkeys(args.parts):
+        known = read_results(folder, trials=True).get(name)
+        if known and not known["error"] and not args.force:
+            of = known["machine"].get("gpu", "a CPU")
+            when = known["date"][:10]
+            outcomes[name] = f"finished on {when} on {of}; FORCE=1 (--force) repeats it"
+        elif PARTS[name].needs_data and not data:
+            outcomes[name] = "skipped: it needs images, GPU_DATA=FOLDER (--data)"
+        else:
+            todo.append(name)
+    minutes = {name: min(PARTS[name].minutes, args.minutes) for name in todo}
+    say(f"{len(todo)} parts, {sum(minutes.values()):g} minutes at most: {' '.join(todo)}")
+    how = "a trial, nothing is measured, on" if is_trial else "on"
+    say(f"{how} {machine.get('gpu', machine['cpu'])}; saved in {folder}")
+    failed = False
+    for name in todo:
+        say(f"\n== {name}: {PARTS[name].title}; at most {minutes[name]:g} minutes")
+        start = time.monotonic()
+        content, error = in_a_process(name, args, 60 * minutes[name], data)
+        error = error or content.get("error", "")
+        words = ["python", "benchmarks/gpu.py", "--parts", name, *(["--quick"] if args.quick else [])]
+        about = {
+            "title": PARTS[name].title,
+            "command": shlex.join(words),
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
+            "minutes": round((time.monotonic() - start) / 60, 2),
+            "is_trial": is_trial,
+            "machine": machine,
+        }
+        save_json(str(folder / f"gpu_{name}.json"), about | content | {"error": error})
+        outcomes[name] = f"failed: {error}" if error else f"done in {time.monotonic() - start:.0f} s"
+        failed |= bool(error)
+        if error == INTERRUPTED:
+            break
+    say("")
+    for name, outcome in outcomes.items():
+        say(f"{name:12} {outcome}")
+    return 130 if INTERRUPTED in str(outcomes.get(name)) else int(failed)
+
+
+def in_a_process(
+    name: str, args: argparse.Namespace, seconds: float, data: str = ""
+) -> tuple[dict[str, Any], str]:
+    """Run a part of gpu_parts.py.
+
+    Returns:
+        what it saved, whole or not; and in one line what ended it before its end, if anything did.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "part.json")
+        command = [sys.executable, str(ROOT / "benchmarks" / "gpu_parts.py"), name, "--to", path]
+        command += ["--device", args.device, "--seconds", str(max(1, seconds - GRACE)), "--data", data]
+        command += ["--quick"] if args.quick else []
+        search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search)}
+        failure = ""
+        with interruptible():
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+            try:
+                code = process.wait(seconds)
+                # Of its own failure a part tells itself.
+                if code < 0 or (code and not os.path.exists(path)):
+                    failure = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            except subprocess.TimeoutExpired:
+                failure = f"stopped after {seconds / 60:g} minutes"
+            except KeyboardInterrupt:
+                failure = INTERRUPTED
+            finally:
+                # With all that it has started.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if not os.path.exists(path):
+            return {"rows": [], "remarks": []}, failure
+        return json.loads(Path(path).read_text(encoding="utf-8")), failure
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM, too, raises KeyboardInterrupt: what runs is to be stopped and saved."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def read_results(folder: Path, trials: bool = False) -> dict[str, dict[str, Any]]:
+    """What the files ``gpu_*.json`` of a folder hold, by part; trials are left out unless wanted."""
+    found = {}
+    for name in PARTS:
+        path = folder / f"gpu_{name}.json"
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if trials or not content["is_trial"]:
+                found[name] = content
+    return found
+
+
+# ---- the page ----
+
+
+def page(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """docs/gpu.md: what has been measured, then what is owed."""
+    lines = [_INTRODUCTION]
+    owed = [name for name in PARTS if name not in results or results[name]["error"]]
+    if not results:
+        lines.append("**Nothing has been measured yet: no GPU has been at hand.**\n")
+    for name, result in results.items():
+        lines += [f"## {result['title']}\n", *_section(PARTS[name], result)]
+    if owed:
+        lines += ["## What is owed\n", "| part | what it measures | minutes at most |", "|---|---|---|"]
+        lines += [f"| {name} | {PARTS[name].title} | {PARTS[name].minutes:g} |" for name in owed]
+        total = sum(PARTS[name].minutes for name in owed)
+        lines.append(f"| **in all** | | {total:g} |")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _section(part: Part, result: Mapping[str, Any]) -> Iterator[str]:
+    machine = result["machine"]
+    versions = [
+        f"{name} {machine[name]}" for name in ("driver", "torch", "cuda", "cudnn") if machine.get(name)
+    ]
+    yield f"{', '.join([machine['gpu'], *versions])}; {result['date'][:10]}: `{result['command']}`\n"
+    if result["error"]:
+        yield f"**Not complete**: {result['error']}.\n"
+    rows = [
+        Row(row["labels"], {key: Figure(**x) for key, x in row["figures"].items()}, note=row["note"])
+        for row in result["rows"]
+    ]
+    if rows:
+        yield from _table(rows, part.columns)
+        yield ""
+    for remark in filter(None, [part.explanation, *result["remarks"]]):
+        yield f"{remark}\n"
+
+
+def _table(rows: Sequence[Row], columns: Sequence[str]) -> Iterator[str]:
+    same = common_labels(rows) if len(rows) > 1 else {}
+    labels = [name for name in dict.fromkeys(name for row in rows for name in row.labels) if name not in same]
+    units = {name: figure.unit for row in rows for name, figure in row.figures.items()}
+    figures = [name for name in columns or units if name in units]
+    has_notes = any(row.note for row in rows)
+    if same:
+        yield ", ".join(label_text(*item) for item in same.items()) + "\n"
+    heads = [*labels, *(f"{name}: {units[name]}" for name in figures), *(["note"] if has_notes else [])]
+    yield f"| {' | '.join(heads)} |"
+    yield "|---" * len(heads) + "|"
+    for row in rows:
+        cells = [str(row.labels.get(name, "")) for name in labels]
+        cells += [format_value(row.figures[name]) if name in row.figures else "-" for name in figures]
+        cells += [row.note] if has_notes else []
+        yield f"| {' | '.join(cell.replace('|', ' ') for cell in cells)} |"
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
