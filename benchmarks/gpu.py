@@ -321,7 +321,7 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [_INTRODUCTION]
     owed = [name for name in PARTS if name not in results or results[name]["error"]]
     if not results:
-        lines.append("**Nothing has been measured yet: no GPU has been at hand.**\n")
+        lines.append("**No figure has been measured on a GPU yet.**\n")
     for name, result in results.items():
         lines += [f"## {result['title']}\n", *_section(PARTS[name], result)]
     if owed:
