@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -279,51 +280,89 @@ def recompute(
     """
     if not torch.is_grad_enabled():
         return call(*inputs)
-    return _recompute(call, inputs, parts, (call,) if modules is None else modules)
+    return _recompute([(call, (call,) if modules is None else modules)], parts, inputs)
+
+
+Used = tuple[Callable[..., Tensor], Sequence[nn.Module]]  # a function and all modules that it uses
+
+
+def recompute_each(trunk: Used, branches: Sequence[Used], *inputs) -> tuple[Tensor, ...]:
+    """Apply several functions to one result and keep the inputs only.
+
+    The backward pass computes that result again once, and then one function after the other: what only one of
+    them needs is never in memory beside what another does.
+
+    Args:
+        trunk: of the inputs, which are tensors and other values.
+        branches: of its result.
+
+    Returns:
+        what each branch returns.
+    """
+    if not torch.is_grad_enabled():
+        x = trunk[0](*inputs)
+        return tuple(branch(x) for branch, _ in branches)
+    return _recompute([trunk, *branches], WHOLE, inputs)
 
 
 # torch.compile cannot trace the nested graph of the backward pass: in training it breaks its graph here.
 @torch.compiler.disable
-def _recompute(call: Callable, inputs: Sequence, parts: Parts, modules: Sequence[nn.Module]) -> Tensor:
+def _recompute(functions: Sequence[Used], parts: Parts, inputs: Sequence):
     with first_calls(next(x for x in inputs if isinstance(x, Tensor)).device) as generators:
-        record = CallRecord(call, modules, generators)
-        return _Recompute.apply(record, parts, len(inputs), *inputs, *record.parameters)
+        records = [CallRecord(call, modules, generators) for call, modules in functions]
+        parameters = dict.fromkeys(p for record in records for p in record.parameters)
+        return _Recompute.apply(records, parts, list(parameters), len(inputs), *inputs, *parameters)
 
 
 class _Recompute(torch.autograd.Function):
+    """A trunk, in parts; or a trunk and the branches that are applied to its result."""
+
     @staticmethod
-    def forward(ctx, record: CallRecord, parts: Parts, count: int, *inputs_and_parameters):
-        inputs = inputs_and_parameters[:count]
-        ctx.record, ctx.parts = record, parts
+    def forward(ctx, records, parts: Parts, parameters, count: int, *inputs_and_parameters):
+        inputs, (trunk, *branches) = inputs_and_parameters[:count], records
+        ctx.records, ctx.parts, ctx.parameters = records, parts, parameters
         ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
         y = None
         for bounds in split(inputs, parts):
-            result = record.first(*(part(x, parts[0], bounds) for x in inputs))
+            result = trunk.first(*(part(x, parts[0], bounds) for x in inputs))
             if bounds.start is None:
-                y = result
+                y = tuple(branch.first(result) for branch in branches) or result
                 break
             if y is None:
                 shape = list(result.shape)
                 shape[parts[0]] = inputs[0].shape[parts[0]]
                 y = result.new_empty(shape)
             part(y, parts[0], bounds).copy_(result)
-        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *record.saved())
+        saved = (x for record in records for x in record.saved())
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *saved)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, *dys):
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) if x is None else x for x in ctx.inputs]
-        wanted = ctx.needs_input_grad[3 : 3 + len(inputs)]
-        replay, (dim, _) = Replay(ctx.record, saved), ctx.parts
+        wanted = ctx.needs_input_grad[4 : 4 + len(inputs)]
+        trunk, *branches = replays = [Replay(record, saved) for record in ctx.records]
+        dim = ctx.parts[0]
+
+        def gradient_of(y: Tensor, bounds: slice) -> Tensor:
+            if not branches:
+                return part(dys[0], dim, bounds).to(y.dtype)
+            total = None
+            for branch, dy in zip(branches, dys, strict=True):
+                (dx,) = branch.gradients(0, [y], [True], lambda z, dy=dy: dy.to(z.dtype))
+                if total is None or dx is None:
+                    total = dx if total is None else total
+                else:
+                    total = total.add_(dx)
+                del dx
+            return torch.zeros_like(y) if total is None else total
+
         grads: list[Tensor | None] = [None] * len(inputs)
         for call, bounds in enumerate(split(inputs, ctx.parts)):
-            found = replay.gradients(
-                call,
-                [part(x, dim, bounds) for x in inputs],
-                wanted,
-                lambda y, bounds=bounds: part(dy, dim, bounds).to(y.dtype),
+            found = trunk.gradients(
+                call, [part(x, dim, bounds) for x in inputs], wanted, partial(gradient_of, bounds=bounds)
             )
             for i, dx in enumerate(found):
                 if dx is None or bounds.start is None:
@@ -332,77 +371,10 @@ class _Recompute(torch.autograd.Function):
                 if grads[i] is None:
                     grads[i] = torch.empty_like(inputs[i])
                 part(grads[i], dim, bounds).copy_(dx)
-        return None, None, None, *grads, *replay.parameter_gradients
-
-
-def recompute_each(
-    trunk: Callable[..., Tensor],
-    branches: Sequence[Callable[[Tensor], Tensor]],
-    modules: Sequence[Sequence[nn.Module]],
-    *inputs,
-) -> tuple[Tensor, ...]:
-    """Apply several functions to one result and keep the inputs only.
-
-    The backward pass computes the result again once, then one function after the other: what only one of them
-    needs is never in memory beside what another does.
-
-    Args:
-        trunk: function of the inputs.
-        branches: functions of its result.
-        modules: those that the trunk uses, then those that each branch uses.
-        inputs: tensors, and other values.
-
-    Returns:
-        what each branch returns.
-    """
-    if not torch.is_grad_enabled():
-        x = trunk(*inputs)
-        return tuple(branch(x) for branch in branches)
-    return _recompute_each((trunk, *branches), modules, inputs)
-
-
-@torch.compiler.disable
-def _recompute_each(calls: Sequence[Callable], modules: Sequence, inputs: Sequence) -> tuple[Tensor, ...]:
-    with first_calls(next(x for x in inputs if isinstance(x, Tensor)).device) as generators:
-        records = [CallRecord(call, used, generators) for call, used in zip(calls, modules, strict=True)]
-        parameters = dict.fromkeys(p for record in records for p in record.parameters)
-        return _RecomputeEach.apply(records, list(parameters), len(inputs), *inputs, *parameters)
-
-
-class _RecomputeEach(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, records: Sequence[CallRecord], parameters: list, count: int, *inputs_and_parameters):
-        inputs = inputs_and_parameters[:count]
-        ctx.records, ctx.parameters = records, parameters
-        ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
-        trunk, *branches = records
-        x = trunk.first(*inputs)
-        results = tuple(branch.first(x) for branch in branches)
-        saved = (x for record in records for x in record.saved())
-        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *saved)
-        return results
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        saved = iter(ctx.saved_tensors)
-        inputs = [next(saved) if x is None else x for x in ctx.inputs]
-        wanted = ctx.needs_input_grad[3 : 3 + len(inputs)]
-        trunk, *branches = (Replay(record, saved) for record in ctx.records)
-
-        def through_branches(x: Tensor) -> Tensor:
-            total = None
-            for branch, grad in zip(branches, grads, strict=True):
-                (dx,) = branch.gradients(0, [x], [True], lambda y, grad=grad: grad.to(y.dtype))
-                total = dx if total is None else total.add_(dx)
-                del dx
-            return total
-
-        dinputs = trunk.gradients(0, inputs, wanted, through_branches)
         sums: dict[Tensor, Tensor | None] = dict.fromkeys(ctx.parameters)
-        for replay in (trunk, *branches):
+        for replay in replays:
             replay.add_parameter_gradients(sums)
-        return None, None, None, *dinputs, *sums.values()
+        return *[None] * 4, *grads, *sums.values()
 
 
 @contextmanager

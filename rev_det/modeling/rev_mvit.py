@@ -97,9 +97,8 @@ class StageTransition(nn.Module):
         residual = recompute(self._residual, z, hw, modules=[self.widen, *attn.modules_of("q")])
         # Before pooling q, k and v are large: the backward pass computes one at a time.
         q, k, v = recompute_each(
-            lambda z: to_autocast_dtype(self.F.norm(z)),
-            [partial(attn.project, name, hw=hw) for name in "qkv"],
-            [[self.F.norm], *(attn.modules_of(name) for name in "qkv")],
+            (lambda z: to_autocast_dtype(self.F.norm(z)), [self.F.norm]),
+            [(partial(attn.project, name, hw=hw), attn.modules_of(name)) for name in "qkv"],
             z,
         )
         return _masked_sum(residual, attn.proj(attn.attend(q, k, v)), mask)
