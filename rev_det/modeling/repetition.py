@@ -11,7 +11,7 @@ This module needs torch alone.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -57,122 +57,104 @@ class Generators:
         return before if drawn else None
 
 
+Used = tuple[Callable[..., Tensor], Sequence[nn.Module]]  # a function and all modules that it uses
+
+
 class CallRecord:
-    """How a module was called, once or for several parts of an input in turn.
+    """How some functions were called, each once or for several parts of an input in turn.
 
     Args:
-        call: the module, or a function of tensors and other values.
-        modules: all modules whose parameters and buffers the call uses.
-        generators: of the device where it computes.
-        keep_attention: keep what `kept_attention.attention` computes inside the module (batch * tokens *
+        functions: modules, or functions of tensors and other values; called in this order.
+        generators: of the device where they compute.
+        keep_attention: keep what `kept_attention.attention` computes inside them (batch * tokens *
             (channels + heads) numbers for each) instead of computing it twice.
 
     Attributes:
-        parameters: the tensors that the repeated call will have gradients for, as the module has them now.
+        parameters: the tensors that the repeated calls will have gradients for, as the modules have them now.
     """
 
-    def __init__(
-        self,
-        call: Callable[..., Tensor],
-        modules: Sequence[nn.Module],
-        generators: Generators,
-        keep_attention: bool = False,
-    ):
-        self.call, self.generators, self.keep_attention = call, generators, keep_attention
+    def __init__(self, functions: Sequence[Used], generators: Generators, keep_attention: bool = False):
+        self.functions = [call for call, _ in functions]
+        self.generators, self.keep_attention = generators, keep_attention
         self.autocast: tuple[str, bool, torch.dtype] | None = None
         kind = generators.device.type
         if torch.amp.is_autocast_available(kind):
             self.autocast = kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self.training: dict[nn.Module, bool] = {}
-        # Where each parameter and buffer is, so that the repeated call finds the same ones:
+        self.parameters_of: list[list[Tensor]] = []  # of each function
+        for _, modules in functions:
+            found = list(dict.fromkeys(modules))
+            for m in found:  # grows while it is gone through
+                found += [child for child in m._modules.values() if child is not None and child not in found]
+            self.training |= {m: m.training for m in found}
+            tensors = (x for m in found for x in (*m._parameters.values(), *m._buffers.values()))
+            self.parameters_of.append(
+                list(dict.fromkeys(x for x in tensors if x is not None and x.requires_grad))
+            )
+        self.parameters = list(dict.fromkeys(p for own in self.parameters_of for p in own))
+        # Where each parameter and buffer is, so that the repeated calls find the same ones:
         # torch.func.functional_call, for instance, puts others there for one call.
-        self.slots: list[tuple[dict, str, Tensor]] = []
-        # Those of modules that read their parameters in autocast's type alone.
-        self.castable: list[tuple[dict, str, Tensor]] = []
-        found = list(modules)
-        for m in found:  # grows while it is gone through
-            if m is None or m in self.training:
-                continue
-            self.training[m] = m.training
-            casts = self.autocast and self.autocast[1] and getattr(type(m), "casts_parameters", False)
-            for tensors in (m._parameters, m._buffers):
-                slots = [(tensors, name, x) for name, x in tensors.items() if x is not None]
-                self.slots += slots
-                self.castable += [slot for slot in slots if casts and slot[2].dtype is torch.float32]
-            found += m._modules.values()
-        self.parameters = list(dict.fromkeys(tensor for *_, tensor in self.slots if tensor.requires_grad))
-        self.states: list[list[Tensor] | None] = []  # of the generators before each call, if it drew
-        self.kept: list[list[tuple[str, int] | None]] = []  # kernel and number of tensors of each attention
-        self._kept_tensors: list[Tensor | None] = []
+        self.slots = [
+            (tensors, name, x, m)
+            for m in self.training
+            for tensors in (m._parameters, m._buffers)
+            for name, x in tensors.items()
+            if x is not None
+        ]
+        # What each call needs: the kernel and number of tensors of each attention that was kept, and the
+        # generators' states before it, if it drew.
+        self.calls: list[list[tuple[list, list[Tensor] | None]]] = [[] for _ in functions]
+        self._kept: list[Tensor | None] = []
 
-    def first(self, *inputs) -> Tensor:
-        """Call the module without gradients, inside `first_calls`."""
-        copies = self.casts()
-        for (tensors, name, _), copy in zip(self.castable, copies, strict=True):
-            tensors[name] = copy
-        try:
-            if self.keep_attention:
-                result, kept = AttentionTape().record(self.call, *inputs)
-            else:
-                result, kept = self.call(*inputs), ()
-        finally:
-            for tensors, name, tensor in self.castable:
-                tensors[name] = tensor
-        self.kept.append([x and (x.kernel, len(x.tensors)) for x in kept])
-        self._kept_tensors += [tensor for x in kept if x for tensor in x.tensors]
-        self.states.append(self.generators.states_if_drawn())
+    @contextmanager
+    def first_calls(self) -> Iterator[None]:
+        """A context for the first calls, in which weights are cast for autocast by one operation.
+
+        These are the float32 parameters of modules whose class has a true ``casts_parameters``: it says that
+        they are read in autocast's type alone.
+        """
+        copies = self.low_precision()
+        with _replaced([slot for slot in self.slots if slot[2] in copies], copies):
+            yield
+
+    def low_precision(self) -> dict[Tensor, Tensor]:
+        """Copies of such parameters in autocast's type."""
+        if self.autocast is None or not self.autocast[1]:
+            return {}
+        found = [
+            x
+            for _, _, x, m in self.slots
+            if x.dtype is torch.float32 and getattr(type(m), "casts_parameters", False)
+        ]
+        return dict(zip(found, _cast(found, self.autocast[2]), strict=True))
+
+    def first(self, function: int, *inputs) -> Tensor:
+        """Call the function of that number, without gradients."""
+        call, kept = self.functions[function], ()
+        if self.keep_attention:
+            result, kept = AttentionTape().record(call, *inputs)
+        else:
+            result = call(*inputs)
+        self._kept += [x for result in kept if result for x in result.tensors]
+        kept = [result and (result.kernel, len(result.tensors)) for result in kept]
+        self.calls[function].append((kept, self.generators.states_if_drawn()))
         return result
 
     def saved(self) -> list[Tensor | None]:
-        """What ``ctx.save_for_backward`` is to keep, besides inputs, for a `Replay` of the calls made so far.
+        """What ``ctx.save_for_backward`` is to keep, besides inputs, for a `Replay` of the calls made.
 
         Parameters are among it, although they are not read: torch then notices if they were changed.
         """
-        tensors, self._kept_tensors = self._kept_tensors, []
+        tensors, self._kept = self._kept, []
         return [*self.parameters, *tensors]
-
-    def casts(self) -> list[Tensor]:
-        """What is in the castable slots, in autocast's type, by one operation instead of one for each."""
-        return _cast([x for *_, x in self.castable], self.autocast[2]) if self.castable else []
-
-    def again(self, number: int, tensors: Sequence[Tensor], inputs: Sequence) -> Tensor:
-        """Repeat a call as it was made, with gradients, and with these tensors in the slots."""
-        changed = [m for m, training in self.training.items() if m.training != training]
-        present = [slot.get(name) for slot, name, _ in self.slots]
-        states = self.states[number]
-        now = None if states is None else self.generators.states()
-        try:
-            for m in changed:
-                m.training = not m.training
-            for (slot, name, _), x in zip(self.slots, tensors, strict=True):
-                slot[name] = x
-            if states is not None:
-                self.generators.set(states)
-            with torch.enable_grad():
-                if self.autocast is None:
-                    return self.call(*inputs)
-                kind, enabled, dtype = self.autocast
-                # Without the weight cache: it would keep low-precision copies of all weights alive.
-                with torch.autocast(kind, dtype, enabled, cache_enabled=False):
-                    return self.call(*inputs)
-        finally:
-            for m in changed:
-                m.training = not m.training
-            for (slot, name, _), x in zip(self.slots, present, strict=True):
-                slot[name] = x
-            if now is not None:
-                self.generators.set(now)
 
 
 class Replay:
-    """The calls of a record, repeated in a backward pass.
+    """A context in which the calls of a record are repeated, in a backward pass.
 
     Args:
         record: of the calls.
         saved: over saved tensors, of which the record's are taken.
-
-    Attributes:
-        parameter_gradients: of the record's ``parameters``, summed over the calls repeated so far.
     """
 
     def __init__(self, record: CallRecord, saved: Iterator[Tensor | None]):
@@ -180,24 +162,44 @@ class Replay:
         for _ in record.parameters:
             next(saved)
         self.results = [
-            [kept and KeptResult(kept[0], tuple(next(saved) for _ in range(kept[1]))) for kept in call]
-            for call in record.kept
+            [
+                [k and KeptResult(k[0], tuple(next(saved) for _ in range(k[1]))) for k in kept]
+                for kept, _ in calls
+            ]
+            for calls in record.calls
         ]
         # Not the parameters themselves: hooks on these are for the gradients that leave the backward pass.
-        copies = dict(zip((x for *_, x in record.castable), record.casts(), strict=True))
-        aliases = {p: copies.get(p, p).detach().requires_grad_() for p in record.parameters}
-        self.aliases = list(aliases.values())
-        copies |= aliases
-        self.tensors = [copies.get(x, x) for *_, x in record.slots]
-        self.parameter_gradients: list[Tensor | None] = [None] * len(self.aliases)
+        copies = record.low_precision()
+        copies |= {p: copies.get(p, p).detach().requires_grad_() for p in record.parameters}
+        self.copies = copies
+        self.found: list[tuple[Tensor, Tensor]] = []  # parameters and gradients, of each call
+
+    def __enter__(self) -> Replay:
+        self._changed = [m for m, training in self.record.training.items() if m.training != training]
+        for m in self._changed:
+            m.training = not m.training
+        self._tensors = _replaced(self.record.slots, self.copies)
+        self._tensors.__enter__()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._tensors.__exit__(*error)
+        for m in self._changed:
+            m.training = not m.training
 
     def gradients(
-        self, call: int, inputs: Sequence, wanted: Sequence[bool], dy: Callable[[Tensor], Tensor]
+        self,
+        function: int,
+        number: int,
+        inputs: Sequence,
+        wanted: Sequence[bool],
+        dy: Callable[[Tensor], Tensor],
     ) -> list[Tensor | None]:
         """Repeat a call and differentiate it.
 
         Args:
-            call: its number.
+            function: its number in the record.
+            number: of the call of that function.
             inputs: as it had them.
             wanted: which of the inputs to differentiate by.
             dy: is given the call's result and returns the gradient of it, in its type.
@@ -209,41 +211,75 @@ class Replay:
             x.detach().requires_grad_(want) if isinstance(x, Tensor) else x
             for x, want in zip(inputs, wanted, strict=True)
         ]
-        again, kept = self.record.again, self.results[call]
-        if kept:
-            y = AttentionTape(kept).replay(again, call, self.tensors, inputs)
-        else:
-            y = again(call, self.tensors, inputs)
+        y = self._again(function, number, inputs)
         grad = dy(y.detach())
+        parameters = self.record.parameters_of[function]
         variables = [x for x, want in zip(inputs, wanted, strict=True) if want]
-        if not (y.requires_grad and (variables or self.aliases)):
+        variables += [self.copies[p] for p in parameters]
+        if not (y.requires_grad and variables):
             return [None] * len(inputs)
         y = get_gradient_edge(y)  # its value has been read
-        found = iter(torch.autograd.grad(y, variables + self.aliases, grad, allow_unused=True))
+        found = iter(torch.autograd.grad(y, variables, grad, allow_unused=True))
         result = [next(found) if want else None for want in wanted]
         # torch may hand out the gradient of the result itself, which is not ours to give away.
-        grads = [g.clone() if g is not None and torch._C._is_alias_of(g, grad) else g for g in found]
-        low = [i for i, g in enumerate(grads) if g is not None and g.dtype != self.record.parameters[i].dtype]
-        if low:  # of the castable ones
-            for i, g in zip(low, _cast([grads[i] for i in low], torch.float32), strict=True):
-                grads[i] = g
-        self.parameter_gradients = [
-            total if g is None else g if total is None else total + g
-            for total, g in zip(self.parameter_gradients, grads, strict=True)
+        self.found += [
+            (p, g.clone() if torch._C._is_alias_of(g, grad) else g)
+            for p, g in zip(parameters, found, strict=True)
+            if g is not None
         ]
         return result
 
-    def add_parameter_gradients(self, sums: dict[Tensor, Tensor | None]) -> None:
-        """Add the gradients of the record's parameters to these sums."""
-        for p, grad in zip(self.record.parameters, self.parameter_gradients, strict=True):
-            if grad is not None:
-                sums[p] = grad if sums[p] is None else sums[p] + grad
+    def _again(self, function: int, number: int, inputs: Sequence) -> Tensor:
+        """Repeat a call as it was made, with gradients."""
+        record, kept = self.record, self.results[function][number]
+        states = record.calls[function][number][1]
+        now = None if states is None else record.generators.states()
+        call = record.functions[function]
+        if kept:
+            call = partial(AttentionTape(kept).replay, call)
+        try:
+            if states is not None:
+                record.generators.set(states)
+            with torch.enable_grad():
+                if record.autocast is None:
+                    return call(*inputs)
+                kind, enabled, dtype = record.autocast
+                # Without the weight cache: it would keep low-precision copies of all weights alive.
+                with torch.autocast(kind, dtype, enabled, cache_enabled=False):
+                    return call(*inputs)
+        finally:
+            if now is not None:
+                record.generators.set(now)
+
+    def parameter_gradients(self) -> list[Tensor | None]:
+        """The gradients of the record's ``parameters``, summed over all calls that were repeated."""
+        low = [i for i, (p, g) in enumerate(self.found) if g.dtype != p.dtype]
+        for i, g in zip(low, _cast([self.found[i][1] for i in low], torch.float32), strict=True):
+            self.found[i] = self.found[i][0], g
+        sums: dict[Tensor, Tensor | None] = dict.fromkeys(self.record.parameters)
+        for p, g in self.found:
+            sums[p] = g if sums[p] is None else sums[p] + g
+        return list(sums.values())
+
+
+@contextmanager
+def _replaced(slots: Sequence[tuple], others: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """A context in which modules have the tensors of these slots, or others in their place."""
+    present = [tensors.get(name) for tensors, name, *_ in slots]
+    for tensors, name, x, _ in slots:
+        tensors[name] = others.get(x, x)
+    try:
+        yield
+    finally:
+        for (tensors, name, *_), x in zip(slots, present, strict=True):
+            tensors[name] = x
 
 
 def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Copies in another type, by one operation."""
     copies = [torch.empty_like(x, dtype=dtype, requires_grad=False) for x in tensors]
-    torch._foreach_copy_(copies, tensors)
+    if copies:
+        torch._foreach_copy_(copies, tensors)
     return copies
 
 
@@ -283,9 +319,6 @@ def recompute(
     return _recompute([(call, (call,) if modules is None else modules)], parts, inputs)
 
 
-Used = tuple[Callable[..., Tensor], Sequence[nn.Module]]  # a function and all modules that it uses
-
-
 def recompute_each(trunk: Used, branches: Sequence[Used], *inputs) -> tuple[Tensor, ...]:
     """Apply several functions to one result and keep the inputs only.
 
@@ -309,32 +342,31 @@ def recompute_each(trunk: Used, branches: Sequence[Used], *inputs) -> tuple[Tens
 @torch.compiler.disable
 def _recompute(functions: Sequence[Used], parts: Parts, inputs: Sequence):
     with first_calls(next(x for x in inputs if isinstance(x, Tensor)).device) as generators:
-        records = [CallRecord(call, modules, generators) for call, modules in functions]
-        parameters = dict.fromkeys(p for record in records for p in record.parameters)
-        return _Recompute.apply(records, parts, list(parameters), len(inputs), *inputs, *parameters)
+        record = CallRecord(functions, generators)
+        return _Recompute.apply(record, parts, len(inputs), *inputs, *record.parameters)
 
 
 class _Recompute(torch.autograd.Function):
     """A trunk, in parts; or a trunk and the branches that are applied to its result."""
 
     @staticmethod
-    def forward(ctx, records, parts: Parts, parameters, count: int, *inputs_and_parameters):
-        inputs, (trunk, *branches) = inputs_and_parameters[:count], records
-        ctx.records, ctx.parts, ctx.parameters = records, parts, parameters
+    def forward(ctx, record: CallRecord, parts: Parts, count: int, *inputs_and_parameters):
+        inputs, branches = inputs_and_parameters[:count], range(1, len(record.functions))
+        ctx.record, ctx.parts, ctx.branches = record, parts, branches
         ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
         y = None
-        for bounds in split(inputs, parts):
-            result = trunk.first(*(part(x, parts[0], bounds) for x in inputs))
-            if bounds.start is None:
-                y = tuple(branch.first(result) for branch in branches) or result
-                break
-            if y is None:
-                shape = list(result.shape)
-                shape[parts[0]] = inputs[0].shape[parts[0]]
-                y = result.new_empty(shape)
-            part(y, parts[0], bounds).copy_(result)
-        saved = (x for record in records for x in record.saved())
-        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *saved)
+        with record.first_calls():
+            for bounds in split(inputs, parts):
+                result = record.first(0, *(part(x, parts[0], bounds) for x in inputs))
+                if bounds.start is None:
+                    y = tuple(record.first(i, result) for i in branches) or result
+                    break
+                if y is None:
+                    shape = list(result.shape)
+                    shape[parts[0]] = inputs[0].shape[parts[0]]
+                    y = result.new_empty(shape)
+                part(y, parts[0], bounds).copy_(result)
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *record.saved())
         return y
 
     @staticmethod
@@ -342,39 +374,33 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx, *dys):
         saved = iter(ctx.saved_tensors)
         inputs = [next(saved) if x is None else x for x in ctx.inputs]
-        wanted = ctx.needs_input_grad[4 : 4 + len(inputs)]
-        trunk, *branches = replays = [Replay(record, saved) for record in ctx.records]
+        wanted = ctx.needs_input_grad[3 : 3 + len(inputs)]
         dim = ctx.parts[0]
 
         def gradient_of(y: Tensor, bounds: slice) -> Tensor:
-            if not branches:
+            if not ctx.branches:
                 return part(dys[0], dim, bounds).to(y.dtype)
             total = None
-            for branch, dy in zip(branches, dys, strict=True):
-                (dx,) = branch.gradients(0, [y], [True], lambda z, dy=dy: dy.to(z.dtype))
-                if total is None or dx is None:
-                    total = dx if total is None else total
-                else:
-                    total = total.add_(dx)
+            for i, dy in zip(ctx.branches, dys, strict=True):
+                (dx,) = replay.gradients(i, 0, [y], [True], lambda z, dy=dy: dy.to(z.dtype))
+                if dx is not None:
+                    total = dx if total is None else total + dx
                 del dx
             return torch.zeros_like(y) if total is None else total
 
         grads: list[Tensor | None] = [None] * len(inputs)
-        for call, bounds in enumerate(split(inputs, ctx.parts)):
-            found = trunk.gradients(
-                call, [part(x, dim, bounds) for x in inputs], wanted, partial(gradient_of, bounds=bounds)
-            )
-            for i, dx in enumerate(found):
-                if dx is None or bounds.start is None:
-                    grads[i] = dx
-                    continue
-                if grads[i] is None:
-                    grads[i] = torch.empty_like(inputs[i])
-                part(grads[i], dim, bounds).copy_(dx)
-        sums: dict[Tensor, Tensor | None] = dict.fromkeys(ctx.parameters)
-        for replay in replays:
-            replay.add_parameter_gradients(sums)
-        return *[None] * 4, *grads, *sums.values()
+        with Replay(ctx.record, saved) as replay:
+            for number, bounds in enumerate(split(inputs, ctx.parts)):
+                pieces = [part(x, dim, bounds) for x in inputs]
+                found = replay.gradients(0, number, pieces, wanted, partial(gradient_of, bounds=bounds))
+                for i, dx in enumerate(found):
+                    if dx is None or bounds.start is None:
+                        grads[i] = dx
+                        continue
+                    if grads[i] is None:
+                        grads[i] = torch.empty_like(inputs[i])
+                    part(grads[i], dim, bounds).copy_(dx)
+        return None, None, None, *grads, *replay.parameter_gradients()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ This module needs torch alone and knows nothing of images or detectors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -181,10 +181,9 @@ def _run_reversible(blocks, masks, keep_attention, x1, x2, args) -> tuple[Tensor
     run = _Run(len(blocks))
     with first_calls(x1.device) as generators:
         for i, (block, (mask_f, mask_g)) in enumerate(zip(blocks, masks, strict=True)):
-            f = _Branch(CallRecord(block.F, [block.F], generators, keep_attention), x2, args, mask_f)
-            g = _Branch(CallRecord(block.G, [block.G], generators, keep_attention), x1, (), mask_g)
-            parameters = dict.fromkeys((*f.record.parameters, *g.record.parameters))
-            x1, x2 = _Block.apply(run, i, f, g, len(args), x1, x2, *args, *parameters)
+            record = CallRecord([(block.F, [block.F]), (block.G, [block.G])], generators, keep_attention)
+            F, G = _Branch(record, 0, x2, args, mask_f), _Branch(record, 1, x1, (), mask_g)
+            x1, x2 = _Block.apply(run, i, record, F, G, len(args), x1, x2, *args, *record.parameters)
     return x1, x2
 
 
@@ -208,74 +207,67 @@ class _Block(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, run: _Run, index: int, F: _Branch, G: _Branch, num_args: int, x1, x2, *others):
-        args = others[:num_args]
-        y1 = F.add_to(x1, x2, *args)  # Y1 = X1 + F(X2)
-        y2 = G.add_to(x2, y1)  # Y2 = X2 + G(Y1)
-        ctx.run, ctx.index, ctx.branches = run, index, (F, G)
+    def forward(
+        ctx, run: _Run, index: int, record: CallRecord, F: _Branch, G: _Branch, num_args: int, *tensors
+    ):
+        x1, x2, *args = inputs[: 2 + num_args]
+        with record.first_calls():
+            y1 = F.add_to(x1, x2, *args)  # Y1 = X1 + F(X2)
+            y2 = G.add_to(x2, y1)  # Y2 = X2 + G(Y1)
+        ctx.run, ctx.index, ctx.record, ctx.branches = run, index, record, (F, G)
         ctx.args = [None if isinstance(a, Tensor) else a for a in args]
         kept = (y1, y2) if index == run.last else ()
-        ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)), *F.saved(), *G.saved(), *kept)
+        args = [a for a in args if isinstance(a, Tensor)]
+        ctx.save_for_backward(F.mask, G.mask, *args, *record.saved(), *kept)
         return y1, y2
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy1: Tensor, dy2: Tensor):
-        saved, (F, G) = iter(ctx.saved_tensors), ctx.branches
+        F, G = ctx.branches
+        F.mask, G.mask, *saved = ctx.saved_tensors
+        saved = iter(saved)
         args = [next(saved) if a is None else a for a in ctx.args]
-        needs_x = any(ctx.needs_input_grad[5:7])
-        needs_args = ctx.needs_input_grad[7 : 7 + len(args)]
+        needs_x = any(ctx.needs_input_grad[6:8])
+        needs_args = ctx.needs_input_grad[8 : 8 + len(args)]
         before = needs_x and ctx.index > 0  # whether there is a block before this one to go on with
-        F.restore(saved)
-        G.restore(saved)
         # Streams and gradients that another block handed on are ours to overwrite.
         ours = ctx.index < ctx.run.last
-        y1, y2 = ctx.run.take() if ours else saved
-
-        # X2 = Y2 - G(Y1)
-        x2, dx1, _ = G.undo(y2, dy2, [y1], [True], dy1, ours)
-        # X1 = Y1 - F(X2)
-        x1, dx2, dargs = F.undo(y1, dx1, [x2, *args], [needs_x, *needs_args], dy2, ours, invert=before)
-
+        with Replay(ctx.record, saved) as replay:
+            y1, y2 = ctx.run.take() if ours else saved
+            # X2 = Y2 - G(Y1)
+            x2, dx1, _ = G.undo(replay, y2, dy2, [y1], [True], dy1, ours)
+            # X1 = Y1 - F(X2)
+            x1, dx2, dargs = F.undo(replay, y1, dx1, [x2, *args], [needs_x, *needs_args], dy2, ours, before)
         if before:
             ctx.run.streams = x1, x2
-        sums = dict.fromkeys((*F.record.parameters, *G.record.parameters))
-        for branch in (F, G):
-            branch.replay.add_parameter_gradients(sums)
-            branch.replay = None
-        return *[None] * 5, dx1, dx2, *dargs, *sums.values()
+        return *[None] * 6, dx1, dx2, *dargs, *replay.parameter_gradients()
 
 
 class _Branch:
     """An F or G as it is applied to a stream: times its drop-path multiplier, and in parts if it asks."""
 
-    def __init__(self, record: CallRecord, x: Tensor, args: Sequence, mask: Tensor | None):
-        self.record, self.mask = record, mask
-        self.parts = WHOLE
+    def __init__(self, record: CallRecord, number: int, x: Tensor, args: Sequence, mask: Tensor | None):
+        self.record, self.number, self.mask = record, number, mask
+        module, self.parts = record.functions[number], WHOLE
         # Tensors among the arguments may not be split like x.
-        if hasattr(type(record.call), "parts") and not any(isinstance(a, Tensor) for a in args):
-            self.parts = record.call.parts(x)
+        if hasattr(type(module), "parts") and not any(isinstance(a, Tensor) for a in args):
+            self.parts = module.parts(x)
         self.dim = self.parts[0]
-
-    def saved(self) -> list[Tensor | None]:
-        return [self.mask, *self.record.saved()]
-
-    def restore(self, saved: Iterator[Tensor | None]) -> None:
-        self.mask = next(saved)
-        self.replay = Replay(self.record, saved)
 
     def add_to(self, x: Tensor, *inputs) -> Tensor:
         """``x + mask * module(*inputs)``"""
         if self.parts[1] == 1:
-            return _sum(x, _checked(x, self.record.first(*inputs)), self.mask)
+            return _sum(x, _checked(x, self.record.first(self.number, *inputs)), self.mask)
         y = x.clone()
         for bounds in split(inputs, self.parts):
             cut = partial(part, dim=self.dim, bounds=bounds)
-            _sum_(cut(y), _checked(cut(y), self.record.first(*map(cut, inputs))), cut(self.mask))
+            _sum_(cut(y), _checked(cut(y), self.record.first(self.number, *map(cut, inputs))), cut(self.mask))
         return y
 
     def undo(
         self,
+        replay: Replay,
         y: Tensor,
         dy: Tensor,
         inputs: Sequence,
@@ -287,6 +279,7 @@ class _Branch:
         """Undo `add_to`, and differentiate it, with one evaluation of the module.
 
         Args:
+            replay: of the record.
             y: its result.
             dy: gradient of y.
             inputs: as it had them.
@@ -315,7 +308,8 @@ class _Branch:
                     return cut(dy).to(result.dtype)
                 return torch.mul(cut(dy), mask, out=torch.empty_like(result))
 
-            grad, *others = self.replay.gradients(call, [*map(cut, inputs)], wanted, invert_and_weigh)
+            pieces = [*map(cut, inputs)]
+            grad, *others = replay.gradients(self.number, call, pieces, wanted, invert_and_weigh)
             if not overwrite:
                 dx = dx.clone() if grad is None else dx + grad
             elif grad is not None:
