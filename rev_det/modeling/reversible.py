@@ -210,7 +210,7 @@ class _Block(torch.autograd.Function):
     def forward(
         ctx, run: _Run, index: int, record: CallRecord, F: _Branch, G: _Branch, num_args: int, *tensors
     ):
-        x1, x2, *args = inputs[: 2 + num_args]
+        x1, x2, *args = tensors[: 2 + num_args]
         with record.first_calls():
             y1 = F.add_to(x1, x2, *args)  # Y1 = X1 + F(X2)
             y2 = G.add_to(x2, y1)  # Y2 = X2 + G(Y1)
