@@ -1,10 +1,10 @@
 """CUDA's rules of automatic mixed precision, for tensors on the CPU.
 
-On CUDA autocast runs layer norms, softmax, losses, sums and more in float32, which the CPU's leaves in 16
-bits: other memory, other traffic. Which operators have a rule is asked of torch itself; the rules are those of
-https://docs.pytorch.org/docs/stable/amp.html#cuda-ops-that-can-autocast-to-float16.
+CUDA's autocast runs layer norms, softmax, losses, sums and more in float32, which the CPU's leaves in 16
+bits. That makes a difference to memory and traffic. Which operators have a rule is asked of torch itself; the
+rules are those of https://docs.pytorch.org/docs/stable/amp.html#cuda-ops-that-can-autocast-to-float16.
 
-(Fake tensors on a CUDA device would know the rules by themselves, but their backward pass needs a driver.)
+(Fake tensors on a CUDA device follow the rules by themselves, but their backward pass needs a driver.)
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ _SIXTEEN_BIT = set(
 _WIDEST = set(
     "addcdiv addcmul atan2 bilinear cross dot grid_sampler index_put scatter_add tensordot vdot".split()
 )
-# All others compute in float32, but for these, which no model calls by themselves or which are errors.
-_LEFT = "_cell cudnn binary_cross_entropy".split()
+# Left as they are: what is an error under CUDA's autocast, and what exists on CUDA alone.
+_NO_RULE = set(
+    "binary_cross_entropy cudnn_convolution cudnn_convolution_transpose gru_cell lstm_cell rnn_relu_cell "
+    "rnn_tanh_cell _cudnn_rnn _thnn_fused_gru_cell _thnn_fused_lstm_cell".split()
+)
 
 
 @contextmanager
@@ -58,13 +61,14 @@ def _operators_with_a_rule(key: str) -> Iterator[str]:
 
 
 def _rule(name: str) -> Callable | None:
+    """What the operator computes in; float32 unless it is named above."""
     base = name.partition(".")[0]
+    if base in _NO_RULE:
+        return None
     if base in _SIXTEEN_BIT:
         return _in_sixteen_bits
     if base in _WIDEST:
         return _in_the_widest
-    if any(word in base and base != f"{word}_with_logits" for word in _LEFT):
-        return None
     if base == "norm":
         return _norm_in_float32
     takes_dtype = any(argument.name == "dtype" for argument in _operator(name)._schema.arguments)

@@ -34,9 +34,9 @@ class Rates:
 
     def __str__(self) -> str:
         return (
-            f"{self.bandwidth / 1e12:g} TB/s ({self.depthwise_bandwidth / 1e12:g} in depthwise convolutions), "
-            f"{self.products / 1e12:g} TFLOP/s in products, {self.attention / 1e12:g} in attention, "
-            f"{self.launch * 1e6:g} us a launch"
+            f"{self.bandwidth / 1e12:g} TB/s, {self.depthwise_bandwidth / 1e12:g} in depthwise convolutions, "
+            f"{self.products / 1e12:g} TFLOP/s in products, {self.attention / 1e12:g} in attention, and "
+            f"{self.launch * 1e6:g} us for each launch"
         )
 
 
@@ -49,7 +49,8 @@ class Cost:
             ``torch.utils.flop_counter`` counts.
         bytes_moved: every operand read and every result written once, in full, in main memory.
         launches: kernels; views and empty tensors need none.
-        seconds: estimated: each operator takes the longer of its arithmetic and its traffic, and its launches.
+        seconds: an estimate. An operator takes the longer of its arithmetic and its traffic, and the time of
+            its launches; caches, and a host that does not keep up, are left out.
     """
 
     flops: int = 0
@@ -102,6 +103,9 @@ _KERNELS = dict.fromkeys(_ATTENTION_BACKWARD, 3) | {
 }
 
 
+_PROCESSORS, _THREADS = 132, 2048  # an H100's multiprocessors, and threads that each holds
+
+
 def operator_cost(func: torch._ops.OpOverload, args, kwargs, out: Any, rates: Rates) -> Cost:
     """The cost of one call of an operator; nothing if it runs no kernel.
 
@@ -135,19 +139,52 @@ def stored_bytes(x: Tensor) -> int:
 
 
 def workspace(func: torch._ops.OpOverload, args) -> int:
-    """Bytes that CUDA's kernels take for themselves while they run, where they are much and known exactly.
-
-    Layer norms copy what is not contiguous. The flash kernel's backward pass (PyTorch's ``mha_bwd``) adds up
-    the queries' gradient, and the products of results and their gradients, in float32, with lengths and widths
-    rounded up; that of the efficient kernel, which takes float32, only the products, made one by one.
-    """
+    """Bytes that CUDA's kernels take for themselves while they run, where they are many and known exactly."""
     packet = func._overloadpacket
     if packet in _ATTENTION_BACKWARD:
-        batch, heads, length, width = args[1].shape
-        if args[1].dtype not in (torch.float16, torch.bfloat16):
-            return 4 * batch * heads * length * (width + 1)
-        return 4 * batch * heads * _multiple(length, 128) * (_multiple(width, 32 if width <= 128 else 64) + 1)
+        return _attention_workspace(args[1])
+    if func is aten.sum.dim_IntList and args[0].is_contiguous():
+        # Over the leading dimensions, as for the gradient of a bias.
+        x, leading = args[0], len(args[1] or ())
+        if 0 < leading < x.dim() and list(args[1]) == list(range(leading)):
+            return _row_sum_workspace(math.prod(x.shape[:leading]), math.prod(x.shape[leading:]))
     return sum(x.nbytes for x in _made_contiguous(packet, args))
+
+
+def _attention_workspace(q: Tensor) -> int:
+    """Float32 sums of the backward pass.
+
+    The flash kernel (PyTorch's ``mha_bwd``) has the queries' gradient and, for each query, the product of the
+    result and its gradient, with length and width rounded up. The efficient kernel, which is for float32,
+    makes that product value by value before it is summed.
+    """
+    batch, heads, length, width = q.shape
+    if q.dtype in (torch.float16, torch.bfloat16):
+        length, width = _multiple(length, 128), _multiple(width, 32 if width <= 128 else 64)
+    return 4 * batch * heads * length * (width + 1)
+
+
+def _row_sum_workspace(rows: int, columns: int) -> int:
+    """Partial sums of all blocks that share a column, as PyTorch's ``Reduce.cuh`` lays them out."""
+    if not rows * columns:
+        return 0
+    vector = math.gcd(columns, 4)
+    threads = 512 // vector
+    widest, highest = (_power_of_two(min(n, threads)) for n in (columns // vector, rows))
+    height = min(highest, threads // min(widest, 32))
+    width = min(widest, threads // height)
+    values = -(-rows // height)  # for each thread
+    if rows < 16 * height or values < 256:
+        return 0
+    grid = -(-columns // (vector * width))
+    resident = _PROCESSORS * (_THREADS // (width * height))  # blocks that the device runs at once
+    blocks = max(min(-(-resident // grid), -(-values // 16)), -(-values // 256))
+    return 4 * columns * blocks * width * vector if blocks > 1 and grid <= resident else 0
+
+
+def _power_of_two(n: int) -> int:
+    """The largest that is at most n."""
+    return 1 << max(n.bit_length() - 1, 0)
 
 
 def _made_contiguous(packet: torch._ops.OpOverloadPacket, args) -> list[Tensor]:

@@ -272,9 +272,7 @@ class Counter(TorchDispatchMode):
 
     def _allocate(self, nbytes: int, *what) -> Allocation:
         operation, shape, dtype, phase, kind = what
-        allocation = Allocation(
-            nbytes, operation, shape, dtype, self._module(), phase, kind, self.time
-        )
+        allocation = Allocation(nbytes, operation, shape, dtype, self._module(), phase, kind, self.time)
         self.allocations.append(allocation)
         if kind not in _BEFORE:
             self.current += nbytes
@@ -346,6 +344,7 @@ def count_backbone(
                 outputs = model(images)
                 counter.outputs(outputs.values())
                 loss = sum(y.mean() for y in outputs.values())
+            del outputs
             loss.backward()
         count = counter.result()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
@@ -354,7 +353,7 @@ def count_backbone(
 
 
 def _as_kernels_take(func, args):
-    """Arguments of an operation on fake tensors whose result would else have other strides than a kernel's."""
+    """The arguments, laid out so that the result of a fake operation has the strides of a kernel's."""
     if func is torch.ops.aten.native_layer_norm_backward.default and isinstance(args[0], FakeTensor):
         return (torch.empty_like(args[0], memory_format=torch.contiguous_format), *args[1:])
     return args
