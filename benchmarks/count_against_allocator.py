@@ -3,9 +3,9 @@
 
     python benchmarks/count_against_allocator.py --json benchmarks/results/count_against_allocator.json
 
-Backbones alone, and whole Mask R-CNN steps; 2 images, bfloat16. The device need not compute: where kernels are
-stubs the allocator is the same. So that its step takes the turns of the counted one, what depends on values (how
-many boxes survive, which regions are foreground) is recorded when the step is counted, and repeated.
+Backbones alone, and whole Mask R-CNN steps; 2 images, bfloat16. The device need not compute: where kernels
+are stubs the allocator is the same. So that its step takes the turns of the counted one, what depends on values
+(how many boxes survive, which regions are foreground) is recorded when the step is counted, and repeated.
 """
 
 from __future__ import annotations
@@ -155,6 +155,11 @@ def compare(case: Case) -> Row:
         "allocated": Figure(reached / GIB, "GiB", MEASURED),
         "counted / allocated": Figure(total / reached, "ratio", COUNTED),
     }
+    if not torch.backends.cudnn.enabled:
+        plain = Counting().count(case)
+        row.figures["counted with cuDNN"] = Figure(
+            (plain.total if case.model is None else plain.peak) / GIB, "GiB", COUNTED
+        )
     return row
 
 

@@ -40,8 +40,8 @@ _DEFINITIONS = {
     "counted": (
         "Counted, without running the step on a device, by the rules of {rules}: peak memory has gradients "
         "in it, but not weights, inputs and optimizer state (AdamW's unless a config says otherwise); in all "
-        "is with them. FLOPs: 2 for a multiplication and addition. Bytes moved: operands and results of every "
-        "operator, once each. Estimated time: for every operator the longer of FLOPs and bytes at {rates}."
+        "is with them. FLOPs: 2 for a multiplication and addition. Bytes moved: operands and results of all "
+        "operators, once each. Estimated time: for every operator the longer of FLOPs and bytes at {rates}."
     ),
     "measured": (
         "Measured: median, quartiles and mean over the timed steps, the device having finished each. Peak "
