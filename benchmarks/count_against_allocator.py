@@ -4,8 +4,8 @@
     python benchmarks/count_against_allocator.py --json benchmarks/results/count_against_allocator.json
 
 Backbones alone, and whole Mask R-CNN steps; 2 images, bfloat16. The device need not compute: where kernels
-are stubs the allocator is the same. So that its step takes the turns of the counted one, what depends on values
-(how many boxes survive, which regions are foreground) is recorded when the step is counted, and repeated.
+are stubs the allocator is the same. So that its step takes the turns of the counted one, what depends on
+values (how many boxes survive, which regions are foreground) is recorded when it is counted, and repeated.
 """
 
 from __future__ import annotations

@@ -208,10 +208,11 @@ class Counting:
         guess = extended(1, 2)
         # The peak can move to another operation at larger batches: twice more from there.
         for _ in range(2):
-            if guess > _MOST_COUNTED:
-                return extended(_MOST_COUNTED // 2, _MOST_COUNTED)
             if guess > 8:
-                guess = extended(guess // 2, guess)
+                high = min(guess, _MOST_COUNTED)
+                guess = extended(high // 2, high)
+        if guess > _MOST_COUNTED:
+            return guess
         return largest_batch(lambda batch: total(batch) <= limit, guess)
 
     def count(self, case: Case) -> StepCount:

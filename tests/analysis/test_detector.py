@@ -91,7 +91,7 @@ def test_a_single_stage_detector_is_counted_too(config):
     )
     count = count_detector(cfg, 1, (256, 256))
     assert count.by_module()["head"] > 0
-    assert count.flops > 2 * count.forward_flops
+    assert count.flops > 2 * count.forward.flops
 
 
 def test_other_annotations_are_refused(config):
