@@ -113,8 +113,11 @@ def _into_float32(operator, args, kwargs):
 def _norm_in_float32(operator, args, kwargs):
     if not _is_eligible(args[0]):
         return operator(*args, **kwargs)
-    x, p, dim, keepdim = (*args, *(2, [], False)[len(args) - 1 :])
-    return torch.ops.aten.norm.ScalarOpt_dim_dtype(x, p, dim, keepdim, dtype=torch.float32)
+    norm, defaults = torch.ops.aten.norm, (2, None, False)[len(args) - 1 :]
+    x, p, dim, keepdim = (*args, *defaults)
+    if dim is None:
+        return norm.ScalarOpt_dtype(x, p, dtype=torch.float32)
+    return norm.ScalarOpt_dim_dtype(x, p, dim, keepdim, dtype=torch.float32)
 
 
 def _cast(operator, args, kwargs, dtype: torch.dtype):

@@ -35,6 +35,8 @@ CALLS = {
     "prod": lambda x, w: x.prod(1),
     "norm": lambda x, w: x.norm(),
     "norm along": lambda x, w: x.norm(dim=-1),
+    "norm of old": lambda x, w: aten.norm.Scalar(x, 2),
+    "norm of old along": lambda x, w: aten.norm.ScalarOpt_dim(x, 2, [1], True),
     "vector_norm": lambda x, w: torch.linalg.vector_norm(x),
     "interpolate": lambda x, w: functional.interpolate(x[None], scale_factor=2.0),
     "linear": lambda x, w: functional.linear(x, w.expand(3, 8)),
