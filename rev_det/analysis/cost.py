@@ -90,8 +90,6 @@ _FREE = {
     aten.new_empty_strided,
     aten._unsafe_view,
 }
-
-
 _ATTENTION_BACKWARD = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward,
     aten._scaled_dot_product_flash_attention_backward,
@@ -101,8 +99,6 @@ _KERNELS = dict.fromkeys(_ATTENTION_BACKWARD, 3) | {
     aten.native_layer_norm_backward: 2,  # for the input and for the parameters
     aten.convolution_backward: 2,  # for the input and for the weight
 }
-
-
 _PROCESSORS, _THREADS = 132, 2048  # an H100's multiprocessors, and threads that each holds
 
 
@@ -174,7 +170,7 @@ def _row_sum_workspace(rows: int, columns: int) -> int:
     height = min(highest, threads // min(widest, 32))
     width = min(widest, threads // height)
     values = -(-rows // height)  # for each thread
-    if rows < 16 * height or values < 256:
+    if values < 256:
         return 0
     grid = -(-columns // (vector * width))
     resident = _PROCESSORS * (_THREADS // (width * height))  # blocks that the device runs at once
