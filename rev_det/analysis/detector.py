@@ -130,10 +130,9 @@ def count_detector(
     """
     step = DetectorStep(cfg, batch, size)
     if device_rules == "cuda":
-        # Optimizers on CUDA update all parameters at once; fused, without a copy of them.
-        way = "fused" if isinstance(step.optimizer, torch.optim.AdamW) else "foreach"
+        # As on CUDA: all parameters are updated at once, without a copy of them.
         for group in step.optimizer.param_groups:
-            group[way] = True
+            group["fused"] = True
     with SkipArithmetic(step.model.backbone):
         step.settle()
         images = [image["image"] for image in step.batch]
