@@ -12,11 +12,12 @@ import torch
 from ..config_files import find_config_file
 from ..devices import cudnn_attention
 from ..engine import load_config
+from .cost import Rates
 from .counting import GIB, MIB, StepCount, count_backbone
 from .detector import DetectorStep, count_detector
 from .measure import BackboneStep, Measurement, largest_batch, measure, memory_limit, unless_out_of_memory
 from .peers import CACHED, DETECTRON2, Model, Scheme, build, has_baselines, stages
-from .report import COUNTED, MEASURED, Figure, Row
+from .report import COUNTED, ESTIMATED, MEASURED, Figure, Row
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -139,18 +140,28 @@ def configured(case: Case, device: str) -> CfgNode:
 
 
 class Counting:
-    """Counts cases; nothing is run on a device."""
+    """Counts cases; nothing is run on a device.
+
+    Args:
+        device_rules, rates: see `rev_det.analysis.counting.Counter`.
+    """
 
     method = COUNTED
 
+    def __init__(self, device_rules: str = "cuda", rates: Rates | None = None):
+        self.device_rules, self.rates = device_rules, rates or Rates()
+
     def step(self, case: Case) -> Row:
-        """Memory and FLOPs of a training step."""
+        """Memory and cost of a training step."""
         count = self.count(case)
         row = Row(case.labels)
         row.figures = {
             "peak memory": self._figure(count.peak / GIB, "GiB"),
             "in all": self._figure(count.total / GIB, "GiB"),
             "FLOPs": self._figure(count.flops / 1e12, "TFLOP"),
+            "bytes moved": self._figure(count.cost.bytes_moved / 1e9, "GB"),
+            "launches": self._figure(count.cost.launches, "kernels"),
+            "estimated time": Figure(count.cost.seconds * 1e3, "ms", ESTIMATED),
         }
         parts = count.split("backbone" if case.model is None else None)
         row.split = {name: self._figure(nbytes / GIB, "GiB") for name, nbytes in parts.items()}
@@ -176,7 +187,7 @@ class Counting:
         return {
             "memory per image": self._figure((high.peak - low.peak) / images / MIB, "MiB"),
             # As papers count: a multiplication and addition is one.
-            "forward FLOPs": self._figure(low.forward_flops / 2 / batches[0] / 1e9, "GMAC per image"),
+            "forward FLOPs": self._figure(low.forward.flops / 2 / batches[0] / 1e9, "GMAC per image"),
         }
 
     def largest_batch(self, case: Case, limit: int) -> int:
@@ -198,18 +209,19 @@ class Counting:
         guess = extended(1, 2)
         # The peak can move to another operation at larger batches: twice more from there.
         for _ in range(2):
-            if guess > _MOST_COUNTED:
-                return extended(_MOST_COUNTED // 2, _MOST_COUNTED)
             if guess > 8:
-                guess = extended(guess // 2, guess)
+                high = min(guess, _MOST_COUNTED)
+                guess = extended(high // 2, high)
+        if guess > _MOST_COUNTED:
+            return guess
         return largest_batch(lambda batch: total(batch) <= limit, guess)
 
     def count(self, case: Case) -> StepCount:
+        rules = {"device_rules": self.device_rules, "rates": self.rates}
         if case.model is None:
-            return count_detector(configured(case, "cpu"), case.batch, case.size)
-        return count_backbone(
-            build(case.model, case.scheme, case.depth), case.batch, case.size, DTYPES[case.dtype]
-        )
+            return count_detector(configured(case, "cpu"), case.batch, case.size, **rules)
+        model = build(case.model, case.scheme, case.depth)
+        return count_backbone(model, case.batch, case.size, DTYPES[case.dtype], **rules)
 
     def _figure(self, value: float, unit: str) -> Figure:
         return Figure(value, unit, self.method)
@@ -315,10 +327,11 @@ def run_cases(
         reference = by_case.get(_key(case.reference))
         if reference is None or reference is row:
             continue
-        for name in ("peak memory", "FLOPs", "time"):
+        for name in ("peak memory", "FLOPs", "estimated time", "time"):
             if name in row.figures and name in reference.figures:
-                ratio = row.figures[name].value / reference.figures[name].value
-                row.figures[f"{name}, relative"] = Figure(ratio, "x cached", runner.method)
+                figure = row.figures[name]
+                ratio = figure.value / reference.figures[name].value
+                row.figures[f"{name}, relative"] = Figure(ratio, "x cached", figure.method)
     return rows
 
 

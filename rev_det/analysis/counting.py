@@ -1,30 +1,36 @@
-"""Peak memory and FLOPs of a training step, counted exactly on any machine.
+"""Peak memory, FLOPs, traffic and launches of a training step on a GPU, counted on any machine.
 
 A `Counter` watches every operation: it adds the bytes of each new storage, takes them off when the storage
-dies, and sums FLOPs. On fake tensors (shapes without values) this costs neither the memory nor the time of
-the step, so `count_backbone` counts any size on any computer. (torch's own ``FlopCounterMode`` and
-``MemTracker`` follow modules through the backward pass with hooks that fail inside nested autograd graphs.)
+dies, and adds up what the operations cost. On fake tensors (shapes without values) this costs neither the
+memory nor the time of the step, so `count_backbone` counts any size on any computer. (torch's own
+``FlopCounterMode`` and ``MemTracker`` follow modules through the backward pass with hooks that fail inside
+nested autograd graphs.)
 
-What the count cannot see is what a kernel allocates inside itself: workspaces of cuBLAS and cuDNN, the
-float32 sums of a fused attention's backward pass on CUDA, and the rounding of the allocator.
+The tensors are the CPU's, but autocast follows CUDA's rules, and the larger workspaces of CUDA's kernels are
+added (`rev_det.analysis.cost.workspace`). What the count does not see are those of cuBLAS and cuDNN, and what
+the allocator loses by rounding.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from .autocast import cuda_rules
+from .cost import Cost, Rates, operator_cost, workspace
 
 GIB = 2**30
 MIB = 2**20
+DEVICE_RULES = ("cuda", "cpu")
 # What an allocation is; weights, inputs and optimizer state exist before the step and are not in its peak.
 WEIGHTS, OPTIMIZER, INPUTS = "weights", "optimizer state", "inputs"
 GRADIENTS, OUTPUTS, KEPT, WORKING = "gradients", "outputs", "kept for backward", "working memory"
@@ -33,22 +39,6 @@ BACKBONE, REST = "backbone", "heads"
 _BEFORE = (WEIGHTS, OPTIMIZER, INPUTS)
 # Where the module of an operation is noted on its node of the autograd graph.
 _MODULE = "rev_det.module"
-
-
-def _cpu_attention(q, k, v, *args, out_val=None, **kwargs) -> int:
-    return sdpa_flop_count(q.shape, k.shape, v.shape)
-
-
-def _cpu_attention_backward(dy, q, k, v, *args, out_val=None, **kwargs) -> int:
-    return sdpa_backward_flop_count(dy.shape, q.shape, k.shape, v.shape)
-
-
-# Older versions of torch know the CUDA kernels only.
-_FLOPS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
-    **flop_registry,
-}
 
 
 @dataclass(slots=True)
@@ -84,9 +74,8 @@ class StepCount:
 
     Attributes:
         peak: most bytes alive at once, without weights, inputs and optimizer state, with gradients.
-        flops: of the whole step, 2 for a multiplication and addition (matrix products, convolutions and
-            attention, as ``torch.utils.flop_counter`` counts).
-        forward_flops: of the forward pass alone.
+        cost: FLOPs, bytes moved, launches and estimated seconds of the whole step.
+        forward: the same of the forward pass alone.
         weights, optimizer_state, inputs: bytes that exist besides the peak.
         at_peak: the allocations alive at the peak, largest first.
         kept: bytes alive between forward and backward pass, outputs included.
@@ -94,14 +83,19 @@ class StepCount:
     """
 
     peak: int
-    flops: int
-    forward_flops: int
+    cost: Cost
+    forward: Cost
     weights: int
     optimizer_state: int
     inputs: int
     kept: int
     at_peak: tuple[Allocation, ...]
     step: Allocation
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the whole step."""
+        return self.cost.flops
 
     @property
     def total(self) -> int:
@@ -144,7 +138,7 @@ class StepCount:
 
 
 class Counter(TorchDispatchMode):
-    """Counts bytes and FLOPs of everything that runs inside it, on one thread.
+    """Counts memory and cost of everything that runs inside it, on one thread.
 
     Works on real CPU tensors and on fake ones, with nested autograd graphs and recomputed modules.
 
@@ -152,6 +146,11 @@ class Counter(TorchDispatchMode):
         model: the module whose parameters, buffers and submodules are told apart.
         optimizer: whose state exists before the step.
         inputs: tensors that exist before the step, besides.
+        device_rules: "cuda" for autocast's rules and kernels' workspaces of CUDA, "cpu" for the CPU's.
+        rates: for the estimate of time.
+
+    Raises:
+        ValueError: unknown ``device_rules``.
     """
 
     def __init__(
@@ -159,12 +158,18 @@ class Counter(TorchDispatchMode):
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
         inputs: Iterable[Tensor] = (),
+        device_rules: str = "cuda",
+        rates: Rates | None = None,
     ):
         super().__init__()
+        if device_rules not in DEVICE_RULES:
+            raise ValueError(f"device_rules must be one of {', '.join(DEVICE_RULES)}; got {device_rules!r}")
+        self.on_cuda, self.rates = device_rules == "cuda", rates or Rates()
+        self._rules = cuda_rules() if self.on_cuda else nullcontext()
         self.model = model
         self.names = {id(module): name for name, module in model.named_modules()}
         self.time = self.current = self.peak = self.peak_time = self.kept = self._forward_end = 0
-        self.flops = self.forward_flops = 0
+        self.cost = self.forward = Cost()
         self.allocations: list[Allocation] = []
         self.live: dict[int, Allocation] = {}
         self._finalizers: dict[int, weakref.finalize] = {}
@@ -187,10 +192,12 @@ class Counter(TorchDispatchMode):
             # Also called when the module raises: torch's checkpointing stops a recomputation that way.
             register_module_forward_hook(self._leave_module, with_kwargs=True, always_call=True),
         ]
+        self._rules.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error) -> None:
         super().__exit__(*error)
+        self._rules.__exit__(*error)
         for hook in self._hooks:
             hook.remove()
         # Python keeps finalizers, and through them this counter and the model, as long as the storages live.
@@ -203,16 +210,17 @@ class Counter(TorchDispatchMode):
         if in_backward and not self._backward_seen:
             self._backward_seen, self.kept, self._forward_end = True, self.current, self.time
         self.time += 1
-        out = func(*args, **kwargs)
-        formula = _FLOPS.get(func._overloadpacket)
-        if formula is not None:
-            flops = formula(*args, **kwargs, out_val=out)
-            self.flops += flops
-            self.forward_flops += 0 if self._backward_seen else flops
+        out = func(*_as_kernels_take(func, args), **kwargs)
+        self.cost += operator_cost(func, args, kwargs, out, self.rates)
+        if not self._backward_seen:
+            self.forward = self.cost
+        phase = "backward" if in_backward else "update" if self._backward_seen else "forward"
+        kind = KEPT if phase == "forward" else WORKING
         for x in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.live:
-                phase = "backward" if in_backward else "update" if self._backward_seen else "forward"
-                self._add(x, KEPT if phase == "forward" else WORKING, str(func), phase)
+                self._add(x, kind, str(func), phase)
+        if self.on_cuda:
+            self._add_workspace(workspace(func, args), str(func), phase)
         return out
 
     def outputs(self, tensors: Iterable[Tensor]) -> None:
@@ -236,8 +244,8 @@ class Counter(TorchDispatchMode):
         }
         return StepCount(
             peak=self.peak,
-            flops=self.flops,
-            forward_flops=self.forward_flops,
+            cost=self.cost,
+            forward=self.forward,
             weights=before[WEIGHTS],
             optimizer_state=before[OPTIMIZER],
             inputs=before[INPUTS],
@@ -252,29 +260,31 @@ class Counter(TorchDispatchMode):
 
     def _add(self, x: Tensor, kind: str, operation: str, phase: str) -> None:
         storage = x.untyped_storage()
-        key = storage._cdata
-        allocation = Allocation(
-            storage.nbytes(),
-            operation,
-            tuple(x.shape),
-            str(x.dtype).removeprefix("torch."),
-            self._module(),
-            phase,
-            kind,
-            self.time,
-        )
-        self.allocations.append(allocation)
-        self.live[key] = allocation
+        key, dtype = storage._cdata, str(x.dtype).removeprefix("torch.")
+        self.live[key] = self._allocate(storage.nbytes(), operation, tuple(x.shape), dtype, phase, kind)
         self._finalizers[key] = weakref.finalize(storage, self._freed, key)
         self._finalizers[key].atexit = False
+
+    def _add_workspace(self, nbytes: int, operation: str, phase: str) -> None:
+        if nbytes:
+            allocation = self._allocate(nbytes, f"{operation}, workspace", (nbytes,), "uint8", phase, WORKING)
+            self._free(allocation)
+
+    def _allocate(self, nbytes: int, *what) -> Allocation:
+        operation, shape, dtype, phase, kind = what
+        allocation = Allocation(nbytes, operation, shape, dtype, self._module(), phase, kind, self.time)
+        self.allocations.append(allocation)
         if kind not in _BEFORE:
-            self.current += allocation.nbytes
+            self.current += nbytes
             if self.current > self.peak:
                 self.peak, self.peak_time = self.current, self.time
+        return allocation
 
     def _freed(self, key: int) -> None:
         del self._finalizers[key]
-        allocation = self.live.pop(key)
+        self._free(self.live.pop(key))
+
+    def _free(self, allocation: Allocation) -> None:
         allocation.died = self.time
         if allocation.kind not in _BEFORE:
             self.current -= allocation.nbytes
@@ -310,6 +320,8 @@ def count_backbone(
     batch: int,
     size: tuple[int, int],
     dtype: torch.dtype | None = torch.bfloat16,
+    device_rules: str = "cuda",
+    rates: Rates | None = None,
 ) -> StepCount:
     """Count a training step of a backbone alone; the loss is the sum of the means of its feature maps.
 
@@ -319,6 +331,7 @@ def count_backbone(
         batch: B.
         size: (H, W) in pixels.
         dtype: what autocast computes in; None for float32 without autocast.
+        device_rules, rates: see `Counter`.
 
     Returns:
         the count; ``optimizer_state`` is AdamW's.
@@ -326,16 +339,24 @@ def count_backbone(
     with FakeTensorMode():
         _replace_with_fakes(model)
         images = torch.empty(batch, 3, *size)
-        with Counter(model, inputs=[images]) as counter:
+        with Counter(model, None, [images], device_rules, rates) as counter:
             with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
                 outputs = model(images)
                 counter.outputs(outputs.values())
                 loss = sum(y.mean() for y in outputs.values())
+            del outputs
             loss.backward()
         count = counter.result()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         optimizer.step()
         return replace(count, optimizer_state=sum(x.nbytes for x in _optimizer_tensors(optimizer)))
+
+
+def _as_kernels_take(func, args):
+    """The arguments, laid out so that the result of a fake operation has the strides of a kernel's."""
+    if func is torch.ops.aten.native_layer_norm_backward.default and isinstance(args[0], FakeTensor):
+        return (torch.empty_like(args[0], memory_format=torch.contiguous_format), *args[1:])
+    return args
 
 
 def _replace_with_fakes(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from ..engine import Precision, TrainStep, build_detector, build_gradient_clipper, build_optimizer
+from .cost import Rates
 from .counting import Counter, StepCount
 from .phantom import SkipArithmetic
 
@@ -102,20 +103,31 @@ class DetectorStep:
         return {"image": image, "height": height, "width": width, "instances": instances}
 
 
-def count_detector(cfg: CfgNode, batch: int, size: tuple[int, int]) -> StepCount:
+def count_detector(
+    cfg: CfgNode,
+    batch: int,
+    size: tuple[int, int],
+    device_rules: str = "cuda",
+    rates: Rates | None = None,
+) -> StepCount:
     """Count a whole training step, optimizer included, as every later one is after the first.
 
     Args:
         cfg, batch, size: as of `DetectorStep`; ``MODEL.DEVICE`` must be "cpu".
+        device_rules, rates: see `Counter`.
 
     Returns:
         the count; its outputs are the backbone's.
     """
     step = DetectorStep(cfg, batch, size)
+    if device_rules == "cuda":
+        # As on CUDA: all parameters are updated at once, without a copy of them.
+        for group in step.optimizer.param_groups:
+            group["fused"] = True
     with SkipArithmetic(step.model.backbone):
         step.settle()
         images = [image["image"] for image in step.batch]
-        with Counter(step.model, step.optimizer, images) as counter:
+        with Counter(step.model, step.optimizer, images, device_rules, rates) as counter:
             mark = lambda module, inputs, features: counter.outputs(features.values())  # noqa: E731
             hook = step.model.backbone.register_forward_hook(mark)
             step.run()

@@ -132,8 +132,7 @@ class BackboneStep:
         self.release()
         kind = self.images.device.type
         with torch.autocast(kind, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            outputs = self.model(self.images)
-            loss = sum(y.mean() for y in outputs.values())
+            loss = sum(y.mean() for y in self.model(self.images).values())
         loss.backward()
 
     def release(self) -> None:

@@ -62,6 +62,7 @@ _ELEMENTWISE = {
     aten.upsample_nearest2d,
     aten.upsample_nearest2d_backward,
 }
+_UPDATES = {aten._fused_adamw_, aten._fused_sgd_}
 _IN_PLACE = {aten.add_, aten.mul_, aten.div_, aten.addcmul_, aten.copy_, aten.zero_, aten.fill_}
 _LARGE = 2**20  # values
 _PAGES = 2**16  # bytes from which a tensor gets memory pages of its own
@@ -99,6 +100,8 @@ class SkipArithmetic(TorchDispatchMode):
         packet = func._overloadpacket
         if packet in _PRODUCTS:
             return _zeros_of(func, args, kwargs)
+        if packet in _UPDATES:
+            return None
         if self._depth or torch._C._current_graph_task_id() != -1:
             if packet in _IN_PLACE and args[0].numel() >= _LARGE:
                 return args[0]

@@ -29,7 +29,10 @@ _STYLES = {
 }
 _OTHER_STYLE = ("#009e73", "P")
 # Figures worth a panel of their own, in this order, if a report has them.
-_PANELS = ("peak memory", "FLOPs", "time", "throughput", "memory per image", "largest batch")
+_PANELS = (
+    *("peak memory", "FLOPs", "estimated time", "time", "throughput"),
+    *("memory per image", "largest batch"),
+)
 # What rows can differ by along an axis, and its name.
 _SWEEPS = {"depth": "depth (blocks)", "images": "images in a step", "size": "image size (pixels)"}
 # An axis on which the largest figure is so many times the smallest is logarithmic.

@@ -21,7 +21,7 @@ from rich.table import Table
 from .. import __version__
 from ..files import write_whole
 
-COUNTED, MEASURED, PUBLISHED = "counted", "measured", "published"
+COUNTED, ESTIMATED, MEASURED, PUBLISHED = "counted", "estimated", "measured", "published"
 # Labels of what stands beside each other; rows that differ in others may be in tables of their own.
 _COMPARED = ("model", "training")
 
@@ -33,8 +33,8 @@ class Figure:
     Attributes:
         value: the number.
         unit: "GiB", "TFLOP", "s", "x cached", ...
-        method: "counted" (exact, without running the step on a device), "measured" (on a device), or
-            "published" (the paper's).
+        method: "counted" (exact, without running the step on a device), "estimated" (from what was counted,
+            with assumed rates), "measured" (on a device), or "published" (the paper's).
     """
 
     value: float

@@ -38,9 +38,10 @@ examples:
 """
 _DEFINITIONS = {
     "counted": (
-        "Counted, without running the step on a device: peak memory has gradients and outputs in it, but not "
-        "weights, inputs and optimizer state (AdamW's unless a config says otherwise); in all is with them. "
-        "FLOPs: 2 for a multiplication and addition."
+        "Counted, without running the step on a device, by the rules of {rules}: peak memory has gradients "
+        "in it, but not weights, inputs and optimizer state (AdamW's unless a config says otherwise); in all "
+        "is with them. FLOPs: 2 for a multiplication and addition. Bytes moved: operands and results of all "
+        "operators, once each. Estimated time: for every operator the longer of FLOPs and bytes at {rates}."
     ),
     "measured": (
         "Measured: median, quartiles and mean over the timed steps, the device having finished each. Peak "
@@ -52,7 +53,7 @@ _DEFINITIONS = {
 _CASE_OPTIONS = ("activations", "keep_attention", "peers", "depth", "size", "batch", "dtype", "max_batch")
 _OPTIONS = (
     *("model", "config_file", "preset", *_CASE_OPTIONS, "memory_limit"),
-    *("count", "device", "warm_up", "steps", "json", "csv", "plot", "opts"),
+    *("count", "device_rules", "device", "warm_up", "steps", "json", "csv", "plot", "opts"),
 )
 
 
@@ -102,6 +103,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--count", action="store_true", help="count, as without --device")
     method.add_argument("--device", help="cuda, cuda:1 or cpu: measure there")
     how.add_argument(
+        "--device-rules",
+        choices=("cuda", "cpu"),
+        help="whose autocast and kernels are counted (default: cuda)",
+    )
+    how.add_argument(
         "--warm-up", type=int, metavar="N", help="steps before the timed ones (5; detectors: 100)"
     )
     how.add_argument("--steps", type=int, metavar="N", help="timed steps (20; detectors: 400)")
@@ -145,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
             rows = largest_batches(cases, runner, limit, done)
         else:
             rows = run_cases(cases, runner, done)
-    definitions = [_DEFINITIONS[runner.method]]
+    definitions = [_definition(runner)]
     if limit is not None:
         definitions.append(f"Memory limit: {limit / GIB:.2f} GiB, for all but CUDA's own context.")
     report = Report(
@@ -200,6 +206,8 @@ def _check(
         raise ValueError(f"--preset {args.preset} is about time, which cannot be counted: give a --device")
     if device is None and (args.steps or args.warm_up):
         raise ValueError("--steps and --warm-up are of a measurement: give a --device")
+    if args.device_rules and device is not None:
+        raise ValueError("--device-rules is of a count: leave out --device")
     if args.max_batch and limit is None and (device is None or device.type == "cpu"):
         raise ValueError("--max-batch needs a --memory-limit, such as 16GB, unless it is tried on a GPU")
     if args.max_batch and args.batch:
@@ -280,10 +288,15 @@ def _runner(
     from ..analysis.cases import Counting, Measuring
 
     if device is None:
-        return Counting()
+        return Counting(args.device_rules or "cuda")
     # Detectron2 reports training time as the mean over iterations 100 to 500.
     warm_up, steps = (100, 400) if args.config_file else (5, 20)
     return Measuring(device, args.warm_up or warm_up, args.steps or steps, limit, tick)
+
+
+def _definition(runner: Counting | Measuring) -> str:
+    text = _DEFINITIONS[runner.method]
+    return text.format(rules=runner.device_rules, rates=runner.rates) if runner.method == "counted" else text
 
 
 @contextmanager

@@ -100,7 +100,7 @@ def count_two_linear():
 def test_a_training_step_worked_out_by_hand():
     count = count_two_linear()
     # In multiplications and additions: 4 x 10 x 20 and 4 x 20 x 5; backward both weights, and one input.
-    assert count.forward_flops == 2 * (800 + 400)
+    assert count.forward.flops == 2 * (800 + 400)
     assert count.flops == 2 * (800 + 400) + 2 * (400 + 400 + 800)
     assert count.weights == 4 * (200 + 100)
     assert count.inputs == 4 * 40
@@ -213,7 +213,7 @@ def test_fake_tensors_are_counted_as_real_ones(cls, activations, dtype):
         step.run()
         real = c.result()
     assert fake.flops == real.flops
-    assert fake.forward_flops == real.forward_flops
+    assert fake.forward.flops == real.forward.flops
     assert (fake.weights, fake.inputs) == (real.weights, real.inputs)
     # Fake results can have other strides, which cost or save a copy, and fake statistics of a LayerNorm are
     # in bfloat16. Largest difference seen: 1.4 %, with "cached".
@@ -255,7 +255,7 @@ def test_attention_is_counted_on_the_cpu_too():
     q, k = torch.zeros(2, 3, 10, 8, requires_grad=True), torch.zeros(2, 3, 7, 8, requires_grad=True)
     with counter() as c:
         y = nn.functional.scaled_dot_product_attention(q, k, k)
-        assert c.flops == 2 * 2 * (2 * 3 * 10 * 7 * 8)
+        assert c.cost.flops == 2 * 2 * (2 * 3 * 10 * 7 * 8)
         y.sum().backward()
     # Backward: the scores again, and two products each for queries and keys, and values and scores.
-    assert c.flops == (2 + 5) * 2 * (2 * 3 * 10 * 7 * 8)
+    assert c.cost.flops == (2 + 5) * 2 * (2 * 3 * 10 * 7 * 8)

@@ -32,7 +32,7 @@ def test_flops_equal_the_official_models(name):
     assert analysis.total() == pytest.approx(OFFICIAL[name], rel=1e-3)
     assert analysis.total() >= OFFICIAL[name]
     # The counter of training steps counts the same, but no norms, and twice for multiply and add.
-    counted = count_backbone(build(MODELS[name], CACHED), 1, (224, 224)).forward_flops
+    counted = count_backbone(build(MODELS[name], CACHED), 1, (224, 224)).forward.flops
     assert counted == 2 * (analysis.total() - analysis.by_operator()["layer_norm"])
 
 
@@ -57,7 +57,7 @@ def test_the_pyramid_on_rev_mvit_b_costs_what_the_paper_counts(config):
     """Of the 683 G of the paper, 567.7 are the backbone's with its FPN; the rest is Detectron2's heads."""
     detector = build_model(config(file="rev_mvit_b"))
     assert sum(p.numel() for p in detector.parameters()) == pytest.approx(58.80e6, rel=1e-4)
-    flops = count_backbone(detector.backbone, 1, (800, 1280)).forward_flops / 2
+    flops = count_backbone(detector.backbone, 1, (800, 1280)).forward.flops / 2
     # Its norms, which are not counted here, are the difference.
     assert flops == pytest.approx(567.67e9, rel=2e-3)
 

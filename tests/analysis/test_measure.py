@@ -206,6 +206,8 @@ def test_counted_memory_is_what_a_gpu_allocates(name, size, batch, scheme):
     counted = count_backbone(build(MODELS[name], scheme), batch, size)
     step = BackboneStep(build(MODELS[name], scheme, device="cuda"), batch, size, torch.bfloat16)
     measured = measure(step.run, step.release, batch, CUDA, warm_up=2, steps=2)
+    # Without cuDNN the allocator reaches 1.01 times the count (docs/memory.md): the rest is left to the
+    # workspaces of its convolutions.
     assert measured.peak == pytest.approx(counted.peak, rel=0.1)
     assert measured.allocated == pytest.approx(counted.total, rel=0.1)
 

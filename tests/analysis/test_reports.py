@@ -54,7 +54,7 @@ def rows():
 
 
 def shown(made):
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console = Console(width=300, record=True, file=open("/dev/null", "w"))
     made.print(console)
     made.print_peaks(console, 2)
     return console.export_text()
@@ -63,17 +63,20 @@ def shown(made):
 def test_every_figure_has_unit_and_method_in_table_json_and_csv(rows, tmp_path):
     made = report(rows)
     text = shown(made)
-    assert "GiB, counted" in text and "TFLOP, counted" in text and "x cached, counted" in text
+    for kind in ("GiB, counted", "TFLOP, counted", "GB, counted", "kernels, counted", "ms, estimated"):
+        assert kind in text
+    assert "x cached, counted" in text and "x cached, estimated" in text
     made.save_json(str(tmp_path / "a.json"))
     content = json.loads((tmp_path / "a.json").read_text())
     assert content["command"] == "rev-det bench --model rev_vit_s"
     figures = [f for row in content["rows"] for part in ("figures", "split") for f in row[part].values()]
-    assert len(figures) >= 3 * 8
-    assert all(set(f) == {"value", "unit", "method"} and f["method"] == "counted" for f in figures)
+    assert len(figures) >= 3 * 11
+    assert all(set(f) == {"value", "unit", "method"} for f in figures)
+    assert {f["method"] for f in figures} == {"counted", "estimated"}
     made.save_csv(str(tmp_path / "a.csv"))
     lines = list(csv.DictReader((tmp_path / "a.csv").open()))
     assert len(lines) == len(figures)
-    assert {line["method"] for line in lines} == {"counted"}
+    assert [line["method"] for line in lines] == [f["method"] for f in figures]
     assert [float(line["value"]) for line in lines] == [f["value"] for f in figures]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "a.json"]
 
@@ -81,9 +84,9 @@ def test_every_figure_has_unit_and_method_in_table_json_and_csv(rows, tmp_path):
 def test_ratios_are_to_ordinary_autograd(rows):
     cached, _, reversible = (row.figures for row in rows)
     assert "peak memory, relative" not in cached
-    for name in ("peak memory", "FLOPs"):
+    for name, method in (("peak memory", "counted"), ("FLOPs", "counted"), ("estimated time", "estimated")):
         ratio = reversible[f"{name}, relative"]
-        assert (ratio.unit, ratio.method) == ("x cached", "counted")
+        assert (ratio.unit, ratio.method) == ("x cached", method)
         assert ratio.value == pytest.approx(reversible[name].value / cached[name].value)
 
 

@@ -28,7 +28,7 @@ def test_a_backbone_is_counted_beside_its_peers(capsys):
     files = ["--json", "a.json", "--csv", "a.csv", "--plot", "a.png"]
     assert main(["bench", *SMALL, "--peers", *files, "--at-peak", "3"]) == 0
     out = capsys.readouterr().out
-    assert "x cached, counted" in out and "alive at the peak" in out
+    assert "relative" in out and "counted)" in out and "estimated)" in out and "alive at the peak" in out
     content, by_training = figures("a.json")
     assert {"cached", "checkpoint", "checkpoint, attention kept", "reversible, attention kept"} <= set(
         by_training
@@ -36,6 +36,24 @@ def test_a_backbone_is_counted_beside_its_peers(capsys):
     cases = "--model rev_vit_s --peers --depth 2 --size 32x32 --batch 1"
     assert content["command"] == f"rev-det bench {cases} --json a.json --csv a.csv --plot a.png"
     assert sorted(path.name for path in Path().iterdir()) == ["a.csv", "a.json", "a.png"]
+
+
+def test_the_rules_of_the_cpu_are_counted_on_request(capsys):
+    def count(*arguments):
+        case = ["--model", "rev_mvit_b", "--depth", "7", "--size", "64x64", "--activations", "cached"]
+        assert main(["bench", *case, *arguments, "--json", "a.json"]) == 0
+        return figures("a.json")
+
+    content, cuda = count()
+    assert "by the rules of cuda" in content["definitions"][0]
+    assert "2.5 TB/s" in content["definitions"][0]
+    assert {"bytes moved", "launches", "estimated time"} < set(cuda["cached"])
+    content, cpu = count("--device-rules", "cpu")
+    assert "by the rules of cpu" in content["definitions"][0]
+    assert "--device-rules cpu" in content["command"]
+    # The CPU leaves the norms of pooled keys and values in bfloat16.
+    assert cpu["cached"]["bytes moved"]["value"] < cuda["cached"]["bytes moved"]["value"]
+    assert cpu["cached"]["FLOPs"] == cuda["cached"]["FLOPs"]
 
 
 def test_a_sweep_runs_every_combination():
@@ -126,6 +144,7 @@ def test_any_detectron2_config_is_counted(tmp_path):
         (["--depth", "5"], "--depth of a Rev-MViT must be at least 7"),
         (["--steps", "5"], "--steps and --warm-up are of a measurement: give a --device"),
         (["--device", "tpu"], "--device is 'tpu'; allowed on this machine are"),
+        (["--device", "cpu", "--device-rules", "cpu"], "--device-rules is of a count: leave out --device"),
         (["--max-batch"], "--max-batch needs a --memory-limit"),
         (["--max-batch", "--memory-limit", "16"], "--memory-limit must be a number of GB, GiB, MB or MiB"),
         (["--max-batch", "--memory-limit", "0GB"], "--memory-limit must be a number"),
