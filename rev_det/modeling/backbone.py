@@ -136,8 +136,9 @@ class ReversibleBackbone(Backbone):
         """Tokens with their position embedding. (B, in_chans, H, W) -> (B, H'*W', C), (H', W')."""
         x = self.patch_embed(images)  # (B, H', W', C)
         hw = (x.shape[1], x.shape[2])
-        # The sum is in the position embedding's precision: float32 under autocast too.
-        return (x + get_abs_pos(self.pos_embed, False, hw)).flatten(1, 2), hw
+        # The sum is in the position embedding's precision: float32 under autocast too. The convolution leaves
+        # channels first in memory; a layer norm would copy tokens that lie so, in every block.
+        return (x + get_abs_pos(self.pos_embed, False, hw)).flatten(1, 2).contiguous(), hw
 
     def run(self, first: int, last: int, x: Tensor, *args, masks: Masks) -> tuple[Tensor, Tensor]:
         """Apply the reversible blocks from number ``first`` to ``last``, both included, to equal streams.
