@@ -71,9 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _choose_device(name: str | None, amp: bool) -> tuple[Precision, str]:
     import torch
-    from detectron2.config import get_cfg
 
-    from ..config import add_rev_det_config
+    from ..config_files import default_config
     from ..engine.amp import Precision
 
     gpus = torch.cuda.device_count()
@@ -81,8 +80,7 @@ def _choose_device(name: str | None, amp: bool) -> tuple[Precision, str]:
     if name not in ("cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))):
         there = f"cuda:0 to cuda:{gpus - 1} and cpu" if gpus else "only cpu"
         raise ValueError(f"--device {name} is not there: this machine has {there}")
-    cfg = get_cfg()
-    add_rev_det_config(cfg)
+    cfg = default_config()
     cfg.MODEL.DEVICE = name
     cfg.SOLVER.AMP.ENABLED = amp
     return Precision.from_config(cfg), name

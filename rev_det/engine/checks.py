@@ -131,6 +131,23 @@ def check_training_data(cfg: CfgNode) -> None:
     )
 
 
+def check_proposals(cfg: CfgNode) -> None:
+    """Check where proposals come from: Detectron2 reads them as pickles, which can run code.
+
+    Raises:
+        ValueError: they are not Detectron2's own.
+    """
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        return
+    for key in ("PROPOSAL_FILES_TRAIN", "PROPOSAL_FILES_TEST"):
+        for path in cfg.DATASETS[key]:
+            if not path.startswith("detectron2://"):
+                raise ValueError(
+                    f"DATASETS.{key} has {path}, a pickle, which could run code when it is read: with "
+                    "MODEL.LOAD_PROPOSALS proposals are read from detectron2:// addresses only"
+                )
+
+
 def check_datasets_named(cfg: CfgNode, names: Sequence[str], eval_only: bool) -> None:
     """Check that datasets of the command line are used: without them a run would be one on other data.
 

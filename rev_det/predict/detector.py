@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from detectron2.config import get_cfg
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
@@ -19,8 +18,7 @@ from torch import nn
 from ..analysis.cases import read_config
 from ..checkpoint import RevCheckpointer
 from ..checkpoint.named import PUBLISHED
-from ..config import add_rev_det_config
-from ..config_files import find_config_file
+from ..config_files import find_config_file, read_config_file
 from ..engine import Precision
 from .classes import Classes, classes_from_json, classes_of_config, files_of_config, training_folder
 
@@ -252,9 +250,9 @@ def _weights_of(config: str) -> str:
     """``MODEL.WEIGHTS`` of a file, unless that is a published backbone's.
 
     Raises:
-        ValueError: there are none of a detector.
+        OSError, ValueError: the file cannot be read, or there are none of a detector.
     """
-    weights = get_cfg().load_yaml_with_base(config, allow_unsafe=True).get("MODEL", {}).get("WEIGHTS")
+    weights = read_config_file(config).MODEL.WEIGHTS
     if not weights or weights in {published.url for published in PUBLISHED.values()}:
         found = "a backbone's alone" if weights else "none"
         raise ValueError(
@@ -265,9 +263,7 @@ def _weights_of(config: str) -> str:
 
 def _classes_of(config_file: str, opts: Sequence[str]) -> tuple[Classes | None, str]:
     """The classes of a config's data; if there are none, where they were looked for."""
-    cfg = get_cfg()
-    add_rev_det_config(cfg)
-    cfg.merge_from_file(config_file)
+    cfg = read_config_file(config_file)
     start = training_folder(cfg.OUTPUT_DIR, os.path.dirname(config_file))
     folders = ("",) if start is None else (start, "")
     cfg.merge_from_list(list(opts))

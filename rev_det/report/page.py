@@ -10,13 +10,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import get_cfg
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from .. import __version__
-from ..config import add_rev_det_config
+from ..config_files import default_config
 from ..files import write_whole
 from .charts import draw_charts
 from .run import Evaluation, Run, split_metric
@@ -248,9 +247,7 @@ def _class_table(evaluation: Evaluation) -> Table | None:
 
 
 def _differences(config: Mapping[str, Any]) -> list[Difference]:
-    defaults = get_cfg()
-    add_rev_det_config(defaults)
-    known = dict(_flat(defaults))
+    known = dict(_flat(default_config()))
     return [
         Difference(key, _shown(value), _shown(known[key]) if key in known else "none")
         for key, value in _flat(config)

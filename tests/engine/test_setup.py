@@ -96,6 +96,10 @@ def test_several_processes_on_the_cpu_need_no_gpu(check):
         (("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "l2"), "CLIP_TYPE is 'l2'"),
         (("DATASETS.TRAIN", "('unknown',)"), "dataset 'unknown' is not registered"),
         (("DATASETS.TRAIN", "()"), "DATASETS.TRAIN is empty"),
+        (
+            ("MODEL.LOAD_PROPOSALS", "True", "DATASETS.PROPOSAL_FILES_TRAIN", "('boxes.pkl',)"),
+            "DATASETS.PROPOSAL_FILES_TRAIN has boxes.pkl, a pickle, which could run code",
+        ),
     ],
 )
 def test_bad_keys_and_values_are_named(check, opts, message):
