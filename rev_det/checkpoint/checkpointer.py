@@ -11,11 +11,38 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from .files import join_digest, local_file, read_checkpoint, split_digest, unsafe_globals
+from .files import is_whole, join_digest, local_file, read_checkpoint, split_digest, unsafe_globals
 from .layouts import backbone_prefix, convert, holds_reversible_backbone
 from .loading import apply_plan, read_source
 from .plan import LoadMode, plan_load
 from .report import name_some
+
+_LAST = "last_checkpoint"
+_LONGEST_NAME = 256
+
+
+def last_checkpoint(folder: str | os.PathLike) -> str:
+    """The path of the checkpoint that was written last, whether it is there or not.
+
+    Raises:
+        ValueError: the file ``last_checkpoint`` holds something else than the name of a file in the folder.
+    """
+    note = os.path.join(folder, _LAST)
+    with open(note, encoding="utf-8", errors="replace") as f:
+        name = f.read(_LONGEST_NAME).strip()
+    if not (name.isprintable() and name.endswith(".pth") and name == os.path.basename(name)):
+        raise ValueError(f"{note} does not hold the name of a checkpoint beside it; {_whole_beside(note)}")
+    return os.path.join(folder, name)
+
+
+def _whole_beside(path: str) -> str:
+    """Of the checkpoints in the folder of a file that cannot be used, the newest that can, for a message."""
+    folder = os.path.dirname(path)
+    paths = {os.path.join(folder, name) for name in os.listdir(folder or ".") if name.endswith(".pth")}
+    for other in sorted(paths - {path}, key=lambda p: (os.path.getmtime(p), p), reverse=True):
+        if is_whole(other):
+            return f"{os.path.basename(other)} beside it is whole: write this name into {_LAST} to use it"
+    return "no other checkpoint is whole in this folder"
 
 
 class RevCheckpointer(DetectionCheckpointer):
@@ -82,11 +109,20 @@ class RevCheckpointer(DetectionCheckpointer):
             last = self.get_checkpoint_file()
             if not os.path.isfile(last):
                 raise FileNotFoundError(
-                    f"the last checkpoint in {self.save_dir} is {last}, which does not exist; write another "
-                    "one's name into the file last_checkpoint, or start a new run in another OUTPUT_DIR"
+                    f"the last checkpoint in {self.save_dir} is {last}, which does not exist; "
+                    f"{_whole_beside(last)}"
                 )
-            return self._load(last, None, LoadMode(evaluation=self.mode.evaluation, resume=True))
+            try:
+                return self._load(last, None, LoadMode(evaluation=self.mode.evaluation, resume=True))
+            except ValueError as error:
+                if is_whole(last):
+                    raise
+                raise ValueError(f"{error}; {_whole_beside(last)}") from error
         return self.load(path, checkpointables=[])
+
+    def get_checkpoint_file(self) -> str:
+        """See `last_checkpoint`."""
+        return last_checkpoint(self.save_dir)
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``name.pth`` and make it the last checkpoint.
@@ -125,7 +161,7 @@ class RevCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        path = os.path.join(self.save_dir, "last_checkpoint")
+        path = os.path.join(self.save_dir, _LAST)
         with open(f"{path}.tmp", "w") as f:
             f.write(last_filename_basename)
             f.flush()

@@ -120,9 +120,9 @@ class Trainer(DefaultTrainer):
         """
         if not resume and self.checkpointer.has_checkpoint():
             logger.warning(
-                "%s is the last checkpoint of an earlier run in OUTPUT_DIR; without --resume this run starts "
-                "anew, and it is what --resume would continue until this run has saved one of its own",
-                self.checkpointer.get_checkpoint_file(),
+                "OUTPUT_DIR, %s, holds checkpoints of an earlier run; without --resume this run starts anew, "
+                "and they are what --resume would continue until this run has saved one of its own",
+                self.cfg.OUTPUT_DIR,
             )
         super().resume_or_load(resume)
         starts = comm.all_gather(self.start_iter)

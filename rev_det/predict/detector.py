@@ -17,6 +17,7 @@ from torch import nn
 
 from ..analysis.cases import read_config
 from ..checkpoint import RevCheckpointer
+from ..checkpoint.checkpointer import last_checkpoint
 from ..checkpoint.named import PUBLISHED
 from ..config_files import find_config_file, read_config_file
 from ..engine import Precision
@@ -239,11 +240,10 @@ def load_detector(
 
 
 def _last_checkpoint(run: str) -> str:
-    note = os.path.join(run, "last_checkpoint")
-    if os.path.isfile(note):
-        with open(note, encoding="utf-8") as file:
-            return os.path.join(run, file.read().strip())
-    return os.path.join(run, "model_final.pth")
+    try:
+        return last_checkpoint(run)
+    except FileNotFoundError:
+        return os.path.join(run, "model_final.pth")
 
 
 def _weights_of(config: str) -> str:

@@ -38,6 +38,9 @@ def test_a_runs_folder_stands_for_its_config_and_last_checkpoint(nano_run, tmp_p
     (tmp_path / "last_checkpoint").write_text("model_0000099.pth")
     assert Origin.find(run=str(tmp_path)).weights == str(tmp_path / "model_0000099.pth")
     assert Origin.find(run=str(tmp_path), weights="best.pth").weights == "best.pth"
+    (tmp_path / "last_checkpoint").write_bytes(b"../\x80")
+    with pytest.raises(ValueError, match="last_checkpoint does not hold the name of a checkpoint"):
+        Origin.find(run=str(tmp_path))
 
 
 def test_the_config_beside_weights_is_theirs(nano_run):
