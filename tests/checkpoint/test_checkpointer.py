@@ -139,7 +139,6 @@ def test_a_last_checkpoint_that_is_gone_is_named(tmp_path):
     [
         b"../model.pth",
         b"/etc/hostname",
-        b"\xff.pth",
         b"/run/model_0000001.pth",
         b"",
         b"\x80\x02}q",
