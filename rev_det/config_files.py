@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
 
 import yaml
@@ -98,10 +98,23 @@ def config_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
             yield from config_keys(value, f"{prefix}{key}.")
 
 
+def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys with dots, and their values; a tuple is a list, which is what a file has of it."""
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _as_lists(value)
+
+
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """What to say of a key that is not ``known``."""
     similar = difflib.get_close_matches(key, sorted(known), n=1)
     return f"there is no config key {key}" + (f"; did you mean {similar[0]}?" if similar else "")
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class _SafeConfig(CfgNode):

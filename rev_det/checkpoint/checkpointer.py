@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 import torch
@@ -14,8 +14,12 @@ from torch import nn
 from .files import is_whole, join_digest, local_file, read_checkpoint, split_digest, unsafe_globals
 from .layouts import backbone_prefix, convert, holds_reversible_backbone
 from .loading import apply_plan, read_source
+from .origin import compare_origins, origin_of
 from .plan import LoadMode, plan_load
 from .report import name_some
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
 
 _LAST = "last_checkpoint"
 _LONGEST_NAME = 256
@@ -58,8 +62,12 @@ class RevCheckpointer(DetectionCheckpointer):
         save_to_disk: None to save on the first process only.
         strict_weights: ``MODEL.REV.STRICT_WEIGHTS``: whatever does not fit is an error. Resuming is always
             strict.
+        strict_classes: ``MODEL.REV.STRICT_CLASSES``: to resume or evaluate with other classes than those of
+            the training is an error.
         evaluation: the model will be evaluated as loaded: weights without its heads, or with heads for
             another number of classes, are an error unless ``strict_weights`` is False.
+        origin: what `origin.origin_of` returns. Each checkpoint keeps it as ``made_by``; how that of one that
+            is loaded differs is named.
         checkpointables: further objects with ``state_dict()`` and ``load_state_dict()``.
     """
 
@@ -70,12 +78,36 @@ class RevCheckpointer(DetectionCheckpointer):
         *,
         save_to_disk: bool | None = None,
         strict_weights: bool = True,
+        strict_classes: bool = True,
         evaluation: bool = False,
+        origin: Mapping[str, Any] | None = None,
         **checkpointables: Any,
     ):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.mode = LoadMode(strict=strict_weights, evaluation=evaluation)
+        self.origin = origin or {}
+        self.strict_classes = strict_classes
         self._other_mode = self.mode  # of the load that Detectron2 is doing
+
+    @classmethod
+    def of_run(
+        cls, cfg: CfgNode, model: nn.Module, *, evaluation: bool = False, **checkpointables: Any
+    ) -> RevCheckpointer:
+        """The checkpointer of a run, or of an evaluation, as its config says.
+
+        Args:
+            cfg: a config with rev_det's keys.
+            model, evaluation, checkpointables: as above.
+        """
+        return cls(
+            model,
+            cfg.OUTPUT_DIR,
+            strict_weights=cfg.MODEL.REV.STRICT_WEIGHTS,
+            strict_classes=cfg.MODEL.REV.STRICT_CLASSES,
+            evaluation=evaluation,
+            origin=origin_of(cfg, cfg.DATASETS.TEST if evaluation else cfg.DATASETS.TRAIN),
+            **checkpointables,
+        )
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load weights, and the state of checkpointables that the file holds.
@@ -141,6 +173,8 @@ class RevCheckpointer(DetectionCheckpointer):
         data = {"model": self.model.state_dict()}
         data |= {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
         data |= kwargs
+        if self.origin:
+            data["made_by"] = self.origin
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         temporary = f"{path}.tmp"
@@ -184,6 +218,7 @@ class RevCheckpointer(DetectionCheckpointer):
         rest = {key: value for key, value in container.items() if key != "model"} if own else {}
         if mode.resume:
             self._require_state(rest, name)
+        compare_origins(rest.get("made_by"), self.origin, name, mode, self.strict_classes)
         apply_plan(self.model, plan_load(self.model, source, name, mode))
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in rest:
@@ -235,6 +270,7 @@ class RevCheckpointer(DetectionCheckpointer):
         mode = self._other_mode
         if mode.resume:
             self._require_state(checkpoint, "the checkpoint")
+        compare_origins(checkpoint.get("made_by"), self.origin, "the checkpoint", mode, self.strict_classes)
         if mode.strict and holds_reversible_backbone(checkpoint["model"]):
             raise ValueError(
                 "the weights are a Rev-ViT's or Rev-MViT's, but the model's backbone is not reversible: "

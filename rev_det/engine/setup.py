@@ -156,9 +156,7 @@ def _build_once(cfg: CfgNode, args: argparse.Namespace) -> None:
         if not args.eval_only:
             build_lr_scheduler(cfg, build_optimizer(cfg, model))
             build_gradient_clipper(cfg)
-    checkpointer = RevCheckpointer(
-        model, cfg.OUTPUT_DIR, strict_weights=cfg.MODEL.REV.STRICT_WEIGHTS, evaluation=args.eval_only
-    )
+    checkpointer = RevCheckpointer.of_run(cfg, model, evaluation=args.eval_only)
     if not (args.resume and checkpointer.has_checkpoint()):
         checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
 

@@ -91,9 +91,7 @@ class Trainer(DefaultTrainer):
             stop_requested=self.stop_request,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = RevCheckpointer(
-            model, cfg.OUTPUT_DIR, strict_weights=cfg.MODEL.REV.STRICT_WEIGHTS, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = RevCheckpointer.of_run(cfg, model, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg

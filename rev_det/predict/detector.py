@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from ..analysis.cases import read_config
 from ..checkpoint import RevCheckpointer
 from ..checkpoint.checkpointer import last_checkpoint
 from ..checkpoint.named import PUBLISHED
+from ..checkpoint.origin import classes_of_origin
 from ..config_files import find_config_file, read_config_file
 from ..engine import Precision
 from .classes import Classes, classes_from_json, classes_of_config, files_of_config, training_folder
@@ -223,8 +224,7 @@ def load_detector(
         found, absent = classes_from_json(dataset_json), ""
     else:
         found, absent = _classes_of(origin.config_file, opts)
-    classes = _settle_classes(cfg, found, dataset_json, opts, absent)
-    chosen = classes.indices(only) if only else None
+    count = _settle_count(cfg, found, dataset_json, opts)
     if amp is None:
         amp = cfg.SOLVER.AMP.ENABLED and device != "cpu"
     cfg.SOLVER.AMP.ENABLED = amp
@@ -234,8 +234,24 @@ def load_detector(
         model = build_model(cfg)
     except (AssertionError, KeyError) as error:  # Detectron2's way to say that a config is wrong
         raise ValueError(f"{origin.config_file} cannot be built: {error}") from error
-    strict = cfg.MODEL.REV.STRICT_WEIGHTS
-    RevCheckpointer(model, strict_weights=strict, evaluation=True).load(origin.weights, checkpointables=[])
+    known = found is not None and len(found.names) == count
+    loaded = RevCheckpointer(
+        model,
+        strict_weights=cfg.MODEL.REV.STRICT_WEIGHTS,
+        strict_classes=cfg.MODEL.REV.STRICT_CLASSES,
+        evaluation=True,
+        origin={"classes": list(found.names) if known else None},
+    ).load(origin.weights, checkpointables=[])
+    classes = found if known else _classes_of_checkpoint(loaded, count)
+    if classes is None:
+        logger.warning(
+            "The names of the detector's %d classes are not known: %s. They are numbered; --dataset-json "
+            "FILE, in COCO's format, names them",
+            count,
+            absent if found is None else f"the data of its config have {len(found.names)}",
+        )
+        classes = Classes.numbered(count)
+    chosen = classes.indices(only) if only else None
     return Detector(cfg, model, classes, Precision.from_config(cfg), threshold, chosen)
 
 
@@ -274,33 +290,25 @@ def _classes_of(config_file: str, opts: Sequence[str]) -> tuple[Classes | None, 
     return None, f"there is no {' or '.join(paths)}" if paths else "its config names no data at hand"
 
 
-def _settle_classes(
-    cfg: CfgNode, found: Classes | None, dataset_json: str | None, opts: Sequence[str], absent: str
-) -> Classes:
-    """The model's classes; sets its number of classes if that is left to the data (in place).
-
-    Args:
-        absent: why none were found.
-    """
+def _settle_count(cfg: CfgNode, found: Classes | None, dataset_json: str | None, opts: Sequence[str]) -> int:
+    """The model's number of classes, which is set if it is left to the data (in place)."""
     head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
     key = f"MODEL.{head}.NUM_CLASSES"
     count = cfg.MODEL[head].NUM_CLASSES
     if found is not None and found.own and count == _DEFAULT_NUM_CLASSES and key not in opts:
         count = cfg.MODEL[head].NUM_CLASSES = len(found.names)
-    if found is not None and len(found.names) == count:
-        return found
-    if dataset_json:
+    if dataset_json and len(found.names) != count:
         raise ValueError(
             f"--dataset-json {dataset_json} has {len(found.names)} classes, but the detector has {count} "
             f"({key}); name the file that it was trained on"
         )
-    logger.warning(
-        "The names of the detector's %d classes are not known: %s. They are numbered; --dataset-json FILE, "
-        "in COCO's format, names them",
-        count,
-        absent if found is None else f"the data of its config have {len(found.names)}",
-    )
-    return Classes.numbered(count)
+    return count
+
+
+def _classes_of_checkpoint(loaded: Mapping[str, Any], count: int) -> Classes | None:
+    """Where the data are not at hand: the names that a checkpoint keeps, with ids from 1 on."""
+    names = classes_of_origin(loaded.get("made_by"))
+    return Classes(tuple(names), tuple(range(1, count + 1))) if names and len(names) == count else None
 
 
 def _check_device(name: str | None) -> str:
