@@ -29,6 +29,7 @@ from .checks import (
     check_datasets_named,
     check_images,
     check_output,
+    check_pixels,
     check_processes,
     check_proposals,
     check_solver,
@@ -97,6 +98,7 @@ def load_config(
     cfg = _read(config_file, opts)
     if not eval_only:
         check_solver(cfg)
+    check_pixels(cfg)
     check_proposals(cfg)
     rescale_schedule(cfg, fixed=opts[::2])
     entries = [parse_dataset_argument(text) for text in datasets]
