@@ -260,9 +260,10 @@ def _check_instances(where: str, images: list[dict], annotations: list[dict]) ->
                 raise ValueError("'ignore' is not supported by Detectron2; use 'iscrowd' or remove it")
             if annotation.get("iscrowd", 0) not in (0, 1):
                 raise ValueError(f"'iscrowd' is {annotation['iscrowd']!r}, expected 0 or 1")
-            if not _is_area(annotation.get("area", 0)):
+            area = annotation.get("area", 0)
+            if type(area) not in (int, float) or not 0 <= area < inf:
                 raise ValueError(
-                    f"'area' is {annotation['area']!r}, expected a number of pixels of at least 0; "
+                    f"'area' is {area!r}, expected a number of pixels of at least 0; "
                     "where it is left out, that of the mask or box is taken"
                 )
             mask_problem, mask_left = _mask_problem(segmentation, image) if segmentation else (None, True)
@@ -317,10 +318,6 @@ def _box_problem(box: list, image: dict) -> str | None:
     if min(clipped_width, clipped_height) <= MIN_BOX_SIDE:
         return f"bbox {box} is empty or outside the image"
     return None
-
-
-def _is_area(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < inf
 
 
 def _mask_problem(segmentation: Any, image: dict) -> tuple[str | None, bool]:

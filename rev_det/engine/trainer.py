@@ -130,21 +130,9 @@ class Trainer(DefaultTrainer):
                 f"{self.cfg.OUTPUT_DIR}, must be the same folder on all machines, on a disk that they share"
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "images_per_step": self.cfg.SOLVER.IMS_PER_BATCH}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         configured = self._learning_rates()
         super().load_state_dict(state_dict)
-        images = self.cfg.SOLVER.IMS_PER_BATCH
-        if (before := state_dict.get("images_per_step", images)) != images:
-            logger.warning(
-                "The run that is resumed took %d images per step, and SOLVER.IMS_PER_BATCH is %d: iterations "
-                "are counted on from %d, on the schedule of this config",
-                before,
-                images,
-                self.iter + 1,
-            )
         if (restored := self._learning_rates()) != configured:
             logger.warning(
                 "The learning rates of the run that is resumed, at most %g, are kept, and not those of this "
