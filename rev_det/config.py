@@ -46,6 +46,9 @@ def add_rev_det_config(cfg: CfgNode) -> None:
     rev.INVERSION_THRESHOLD = 0.01
     # Anything missing, unexpected or of another shape in MODEL.WEIGHTS is an error unless False.
     rev.STRICT_WEIGHTS = True
+    # To resume or evaluate a checkpoint with other classes, or in another order, than it was trained on is an
+    # error unless False.
+    rev.STRICT_CLASSES = True
 
     # Rev-ViT; the defaults are Rev-ViT-B.
     vit = cfg.MODEL.REV_VIT = CN()

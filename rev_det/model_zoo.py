@@ -58,9 +58,7 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
     Raises:
         ValueError: there is no such model, or ``trained``.
     """
-    from detectron2.config import get_cfg
-
-    from .config import add_rev_det_config
+    from .config_files import read_config_file
 
     path = get_config_file(name)
     if trained:
@@ -68,10 +66,7 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
             f"no trained weights are published for {name}; train it, or give the weights you have: "
             f"get({name!r}, weights='model_final.pth')"
         )
-    cfg = get_cfg()
-    add_rev_det_config(cfg)
-    cfg.merge_from_file(path)
-    return cfg
+    return read_config_file(path)
 
 
 def get(

@@ -9,11 +9,10 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from torch import nn
 
-from ..config import add_rev_det_config
+from ..config_files import default_config
 from ..modeling import RevMViT, RevViT
 from ..modeling.baselines import build_baseline_mvit_fpn_backbone, build_baseline_vit_fpn_backbone
 from ..modeling.reversible import ACTIVATIONS
@@ -142,8 +141,7 @@ def build(model: Model, scheme: Scheme, depth: int | None = None, device: str = 
 
 
 def _detectron2(model: Model, arguments: dict[str, Any]) -> nn.Module:
-    cfg = get_cfg()
-    add_rev_det_config(cfg)
+    cfg = default_config()
     is_mvit = model.reversible is RevMViT
     node = cfg.MODEL.REV_MVIT if is_mvit else cfg.MODEL.REV_VIT
     for name, value in arguments.items():

@@ -4,18 +4,49 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from .files import join_digest, local_file, read_checkpoint, split_digest, unsafe_globals
+from .files import is_whole, join_digest, local_file, read_checkpoint, split_digest, unsafe_globals
 from .layouts import backbone_prefix, convert, holds_reversible_backbone
 from .loading import apply_plan, read_source
+from .origin import compare_origins, origin_of
 from .plan import LoadMode, plan_load
 from .report import name_some
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+_LAST = "last_checkpoint"
+_LONGEST_NAME = 256
+
+
+def last_checkpoint(folder: str | os.PathLike) -> str:
+    """The path of the checkpoint that was written last, whether it is there or not.
+
+    Raises:
+        ValueError: the file ``last_checkpoint`` holds something else than the name of a file in the folder.
+    """
+    note = os.path.join(folder, _LAST)
+    with open(note, encoding="utf-8", errors="replace") as f:
+        name = f.read(_LONGEST_NAME).strip()
+    if not (name.isprintable() and name.endswith(".pth") and name == os.path.basename(name)):
+        raise ValueError(f"{note} does not hold the name of a checkpoint beside it; {_whole_beside(note)}")
+    return os.path.join(folder, name)
+
+
+def _whole_beside(path: str) -> str:
+    """Of the checkpoints in the folder of a file that cannot be used, the newest that can, for a message."""
+    folder = os.path.dirname(path)
+    paths = {os.path.join(folder, name) for name in os.listdir(folder or ".") if name.endswith(".pth")}
+    for other in sorted(paths - {path}, key=lambda p: (os.path.getmtime(p), p), reverse=True):
+        if is_whole(other):
+            return f"{os.path.basename(other)} beside it is whole: write this name into {_LAST} to use it"
+    return "no other checkpoint is whole in this folder"
 
 
 class RevCheckpointer(DetectionCheckpointer):
@@ -31,8 +62,12 @@ class RevCheckpointer(DetectionCheckpointer):
         save_to_disk: None to save on the first process only.
         strict_weights: ``MODEL.REV.STRICT_WEIGHTS``: whatever does not fit is an error. Resuming is always
             strict.
+        strict_classes: ``MODEL.REV.STRICT_CLASSES``: to resume or evaluate with other classes than those of
+            the training is an error.
         evaluation: the model will be evaluated as loaded: weights without its heads, or with heads for
             another number of classes, are an error unless ``strict_weights`` is False.
+        origin: what `origin.origin_of` returns. Each checkpoint keeps it as ``made_by``; how that of one that
+            is loaded differs is named.
         checkpointables: further objects with ``state_dict()`` and ``load_state_dict()``.
     """
 
@@ -43,12 +78,36 @@ class RevCheckpointer(DetectionCheckpointer):
         *,
         save_to_disk: bool | None = None,
         strict_weights: bool = True,
+        strict_classes: bool = True,
         evaluation: bool = False,
+        origin: Mapping[str, Any] | None = None,
         **checkpointables: Any,
     ):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.mode = LoadMode(strict=strict_weights, evaluation=evaluation)
+        self.origin = origin or {}
+        self.strict_classes = strict_classes
         self._other_mode = self.mode  # of the load that Detectron2 is doing
+
+    @classmethod
+    def of_run(
+        cls, cfg: CfgNode, model: nn.Module, *, evaluation: bool = False, **checkpointables: Any
+    ) -> RevCheckpointer:
+        """The checkpointer of a run, or of an evaluation, as its config says.
+
+        Args:
+            cfg: a config with rev_det's keys.
+            model, evaluation, checkpointables: as above.
+        """
+        return cls(
+            model,
+            cfg.OUTPUT_DIR,
+            strict_weights=cfg.MODEL.REV.STRICT_WEIGHTS,
+            strict_classes=cfg.MODEL.REV.STRICT_CLASSES,
+            evaluation=evaluation,
+            origin=origin_of(cfg, cfg.DATASETS.TEST if evaluation else cfg.DATASETS.TRAIN),
+            **checkpointables,
+        )
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load weights, and the state of checkpointables that the file holds.
@@ -82,11 +141,20 @@ class RevCheckpointer(DetectionCheckpointer):
             last = self.get_checkpoint_file()
             if not os.path.isfile(last):
                 raise FileNotFoundError(
-                    f"the last checkpoint in {self.save_dir} is {last}, which does not exist; write another "
-                    "one's name into the file last_checkpoint, or start a new run in another OUTPUT_DIR"
+                    f"the last checkpoint in {self.save_dir} is {last}, which does not exist; "
+                    f"{_whole_beside(last)}"
                 )
-            return self._load(last, None, LoadMode(evaluation=self.mode.evaluation, resume=True))
+            try:
+                return self._load(last, None, LoadMode(evaluation=self.mode.evaluation, resume=True))
+            except ValueError as error:
+                if is_whole(last):
+                    raise
+                raise ValueError(f"{error}; {_whole_beside(last)}") from error
         return self.load(path, checkpointables=[])
+
+    def get_checkpoint_file(self) -> str:
+        """See `last_checkpoint`."""
+        return last_checkpoint(self.save_dir)
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``name.pth`` and make it the last checkpoint.
@@ -105,6 +173,8 @@ class RevCheckpointer(DetectionCheckpointer):
         data = {"model": self.model.state_dict()}
         data |= {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
         data |= kwargs
+        if self.origin:
+            data["made_by"] = self.origin
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         temporary = f"{path}.tmp"
@@ -125,7 +195,7 @@ class RevCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        path = os.path.join(self.save_dir, "last_checkpoint")
+        path = os.path.join(self.save_dir, _LAST)
         with open(f"{path}.tmp", "w") as f:
             f.write(last_filename_basename)
             f.flush()
@@ -148,6 +218,7 @@ class RevCheckpointer(DetectionCheckpointer):
         rest = {key: value for key, value in container.items() if key != "model"} if own else {}
         if mode.resume:
             self._require_state(rest, name)
+        compare_origins(rest.get("made_by"), self.origin, name, mode, self.strict_classes)
         apply_plan(self.model, plan_load(self.model, source, name, mode))
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in rest:
@@ -199,6 +270,7 @@ class RevCheckpointer(DetectionCheckpointer):
         mode = self._other_mode
         if mode.resume:
             self._require_state(checkpoint, "the checkpoint")
+        compare_origins(checkpoint.get("made_by"), self.origin, "the checkpoint", mode, self.strict_classes)
         if mode.strict and holds_reversible_backbone(checkpoint["model"]):
             raise ValueError(
                 "the weights are a Rev-ViT's or Rev-MViT's, but the model's backbone is not reversible: "

@@ -53,6 +53,15 @@ def read_checkpoint(source: str | os.PathLike) -> dict[str, Any]:
         return dict(loaded)
 
 
+def is_whole(path: str) -> bool:
+    """Whether `read_checkpoint` can read a file."""
+    try:
+        read_checkpoint(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def local_file(source: str | os.PathLike) -> Iterator[tuple[str, str]]:
     """The local path and the name (for messages) of a source whose digest, if one is given, is verified.

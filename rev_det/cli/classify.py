@@ -70,15 +70,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _choose_device(name: str | None, amp: bool) -> tuple[Precision, str]:
-    from detectron2.config import get_cfg
-
-    from ..config import add_rev_det_config
+    from ..config_files import default_config
     from ..devices import check_device
     from ..engine.amp import Precision
 
     name = check_device("--device", name)
-    cfg = get_cfg()
-    add_rev_det_config(cfg)
+    cfg = default_config()
     cfg.MODEL.DEVICE = name
     cfg.SOLVER.AMP.ENABLED = amp
     return Precision.from_config(cfg), name

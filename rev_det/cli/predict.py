@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     """Predict, write, and say what was found.
 
     Returns:
-        0, or 1 if some files could not be read; they are named at the end.
+        0, or 1 if some files could not be read, or not to their end; they are named at the end.
 
     Raises:
         ValueError, OSError: arguments, inputs, config or weights that cannot be used.
@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..predict import Origin, PredictionWriter, check_output, find_sources, load_detector, predict
+    from ..predict.output import RESULTS
 
     setup_logger(name="rev_det")
     sources = find_sources(args.inputs)
@@ -105,26 +106,28 @@ def run(args: argparse.Namespace) -> int:
         title = f"predict{'' if args.no_pictures else ' and draw'} ({detector.precision})"
         with tqdm(total=total, unit="image", desc=title, mininterval=interval) as bar:
             failures = predict(detector, sources, writer, args.batch_size, bar.update)
-    print(_summary(writer, len(sources) - len(failures)))
-    if not writer.counts and len(failures) < len(sources):
+    print(_summary(writer))
+    if not writer.counts and writer.files():
         print(_nothing_found(detector, sources, args.classes))
     print(f"written to {writer.folder}")
+    if not writer.counts:
+        print(f"{RESULTS} is an empty list, which pycocotools' loadRes cannot load")
     if others := writer.others():
         pictures = f"{others} picture{'s' * (others != 1)}"
         print(f"{writer.folder} also holds {pictures} that this call has not written")
     if failures:
-        sys.stderr.write(f"{len(failures)} of {len(sources)} files could not be read:\n")
+        sys.stderr.write(f"{len(failures)} of {len(sources)} files could not be read, or not to the end:\n")
         for path, reason in failures:
             sys.stderr.write(f"  {path}: {reason}\n")
         return 1
     return 0
 
 
-def _summary(writer: PredictionWriter, files: int) -> str:
+def _summary(writer: PredictionWriter) -> str:
     found = writer.counts.most_common()
     listed = ", ".join(f"{name}: {count}" for name, count in found[:_LISTED])
     more = f" and {len(found) - _LISTED} more classes" if len(found) > _LISTED else ""
-    objects = sum(writer.counts.values())
+    files, objects = writer.files(), sum(writer.counts.values())
     what = f"{objects} object{'s' * (objects != 1)} in {files} file{'s' * (files != 1)}"
     return f"{what} ({listed}{more})" if listed else what
 

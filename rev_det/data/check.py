@@ -20,7 +20,7 @@ from .validation import MIN_BOX_SIDE, NUM_NAMED, check_coco_json, is_valid_polyg
 # Training stops, or its result means nothing; training goes on, but hardly as it was meant; worth knowing.
 ERROR, WARNING, NOTE = "error", "warning", "note"
 # How `validation` words what is counted here, too.
-_COUNTED = ("has duplicate ids", "annotations have a '", "check the image folder")
+_COUNTED = ("has duplicate ids", "class names are given", "annotations have a '", "check the image folder")
 # Pixels that a box or mask may reach over the border, as rounding does.
 _BORDER = 1.0
 # A mask's extent may differ from its box by this many pixels, or this share of the box's side.
@@ -180,7 +180,7 @@ def _check_classes(report: DataReport, categories: list[dict], annotations: list
     empty = [category["name"] for category in categories if not counts[category["id"]]]
     report.add_share(WARNING, empty, len(categories), "classes have no instances")
     twice = [name for name, count in names.items() if count > 1]
-    report.add_share(WARNING, twice, len(categories), "class names are given more than once")
+    report.add_share(ERROR, twice, len(categories), "class names are given more than once")
     known = {category["id"] for category in categories}
     lost = [f"id {a['id']} ({a['category_id']})" for a in annotations if a["category_id"] not in known]
     report.add_share(ERROR, lost, len(annotations), "instances are of a class that is not listed")

@@ -8,10 +8,11 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ..files import write_json
@@ -29,8 +30,7 @@ class RevCOCOEvaluator(COCOEvaluator):
     registered by ``register_coco_json`` the ground truth therefore leaves out the degenerate instances
     (they were named then, and are at most 1 %) and their invalid polygons, takes an instance without
     ``iscrowd`` for a single object, and one without ``area`` for as large as its mask, or else its box.
-    All else, and every other dataset, is evaluated as it is in its file, except that annotation ids below 1,
-    which all implementations mistake for "not matched", are replaced.
+    All else, and every other dataset, is evaluated as it is in its file, whatever its ids are.
 
     Metrics are computed by the class that `coco_implementation` chooses; the log names it. Detectron2's files
     in ``output_dir`` (``coco_instances_results.json`` has the detections in COCO's format) are joined by
@@ -71,22 +71,23 @@ class RevCOCOEvaluator(COCOEvaluator):
     def _eval_predictions(self, predictions: list[dict], img_ids: Sequence[int] | None = None) -> None:
         if self._do_evaluation:
             logger.info("COCO's metrics of '%s' by %s", self._dataset_name, self._implementation_name)
-        with _used_by_detectron2(self._implementation):
-            super()._eval_predictions(predictions, img_ids)
+            self._coco_api = counted = _CountedCOCO(api := self._coco_api)
+            img_ids = None if img_ids is None else [counted.images[key] for key in img_ids]
+        try:
+            with _used_by_detectron2(self._implementation):
+                super()._eval_predictions(predictions, img_ids)
+        finally:
+            if self._do_evaluation:
+                self._coco_api = api
 
     def _prepare_ground_truth(self) -> None:
         api = self._coco_api
-        annotations = api.dataset["annotations"]
         summary = registered_summary(self._dataset_name)
-        if summary is not None:
-            annotations = [item for item in annotations if item["id"] not in summary.dropped]
-            for annotation in annotations:
-                _complete(annotation, api)
-        if any(annotation["id"] < 1 for annotation in annotations):
-            for index, annotation in enumerate(annotations):
-                annotation["id"] = index + 1
-        elif summary is None:
+        if summary is None:
             return
+        annotations = [item for item in api.dataset["annotations"] if item["id"] not in summary.dropped]
+        for annotation in annotations:
+            _complete(annotation, api)
         api.dataset["annotations"] = annotations
         # The index prints its progress.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -118,6 +119,43 @@ class RevCOCOEvaluator(COCOEvaluator):
             "per_class": per_class,
         }
         write_json(os.path.join(self._output_dir, "results.json"), content)
+
+
+class _CountedCOCO(COCO):
+    """A data set whose ids count from 1, for results with its own.
+
+    Implementations keep ids as doubles, which cannot tell integers above 2^53 apart, or without their sign,
+    and take the instance 0 for "not matched". Images and categories stay in their order.
+
+    Args:
+        api: the data set; it is not changed.
+    """
+
+    def __init__(self, api: COCO):
+        super().__init__()
+        content = api.dataset
+        self.images, self.categories = (
+            {key: number for number, key in enumerate(sorted(item["id"] for item in content[section]), 1)}
+            for section in ("images", "categories")
+        )
+        annotations = self._counted(content["annotations"])
+        self.dataset = content | {
+            "images": [image | {"id": self.images[image["id"]]} for image in content["images"]],
+            "categories": [item | {"id": self.categories[item["id"]]} for item in content["categories"]],
+            "annotations": [item | {"id": number} for number, item in enumerate(annotations, 1)],
+        }
+        # The index prints its progress.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.createIndex()
+
+    def loadRes(self, resFile: list[dict]) -> COCO:  # noqa: N802, N803  (pycocotools' names)
+        return super().loadRes(list(self._counted(resFile)))
+
+    def _counted(self, items: Iterable[dict]) -> Iterator[dict]:
+        for item in items:
+            image, category = self.images.get(item["image_id"]), self.categories.get(item["category_id"])
+            if image and category:  # all others are ignored
+                yield item | {"image_id": image, "category_id": category}
 
 
 def coco_implementation(fast: bool = True) -> tuple[str, Callable[..., COCOeval]]:

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import pycocotools.mask as mask_util
@@ -180,6 +180,12 @@ def _check_references(
         if len(counts) < len(records):
             twice = [str(key) for key, count in counts.items() if count > 1]
             raise ValueError(f"{where}: '{section}' has duplicate ids ({_first(twice)}); ids must be unique")
+    twice = [name for name, count in Counter(c["name"] for c in categories).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{where}: class names are given more than once ({_first(twice)}); results could not tell these "
+            "'categories' apart: rename them, or make them one"
+        )
     for key, section, records in (("image_id", "images", images), ("category_id", "categories", categories)):
         known = {record["id"] for record in records}
         unknown = {annotation[key] for annotation in annotations} - known
@@ -254,6 +260,12 @@ def _check_instances(where: str, images: list[dict], annotations: list[dict]) ->
                 raise ValueError("'ignore' is not supported by Detectron2; use 'iscrowd' or remove it")
             if annotation.get("iscrowd", 0) not in (0, 1):
                 raise ValueError(f"'iscrowd' is {annotation['iscrowd']!r}, expected 0 or 1")
+            area = annotation.get("area", 0)
+            if type(area) not in (int, float) or not 0 <= area < inf:
+                raise ValueError(
+                    f"'area' is {area!r}, expected a number of pixels of at least 0; "
+                    "where it is left out, that of the mask or box is taken"
+                )
             mask_problem, mask_left = _mask_problem(segmentation, image) if segmentation else (None, True)
         except ValueError as error:
             raise ValueError(f"{where}: annotations[{index}] (id {annotation['id']}): {error}") from error

@@ -122,6 +122,40 @@ def check_training_data(cfg: CfgNode) -> None:
     )
 
 
+def check_proposals(cfg: CfgNode) -> None:
+    """Check where proposals come from: Detectron2 reads them as pickles, which can run code.
+
+    Raises:
+        ValueError: they are not Detectron2's own.
+    """
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        return
+    for key in ("PROPOSAL_FILES_TRAIN", "PROPOSAL_FILES_TEST"):
+        for path in cfg.DATASETS[key]:
+            if not path.startswith("detectron2://"):
+                raise ValueError(
+                    f"DATASETS.{key} has {path}, a pickle, which could run code when it is read: with "
+                    "MODEL.LOAD_PROPOSALS proposals are read from detectron2:// addresses only"
+                )
+
+
+def check_pixels(cfg: CfgNode) -> None:
+    """Check what pixels are normalised by: an image divided by 0 has no objects for any model.
+
+    Raises:
+        ValueError: ``MODEL.PIXEL_MEAN`` or ``PIXEL_STD`` is not a number per channel, or one of these is not
+            above 0.
+    """
+    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+    valid = len(mean) == len(std) and all(map(is_finite, mean)) and all(is_finite(s) and s > 0 for s in std)
+    # One channel is spread over as many as there are means.
+    if not mean or not valid or (len(mean) != 3 and cfg.INPUT.FORMAT != "L"):
+        raise ValueError(
+            f"MODEL.PIXEL_MEAN is {mean!r} and MODEL.PIXEL_STD {std!r}; each must be a number per channel of "
+            f"INPUT.FORMAT {cfg.INPUT.FORMAT}, those of PIXEL_STD above 0"
+        )
+
+
 def check_datasets_named(cfg: CfgNode, names: Sequence[str], eval_only: bool) -> None:
     """Check that datasets of the command line are used: without them a run would be one on other data.
 
@@ -167,7 +201,6 @@ def check_images(cfg: CfgNode, eval_only: bool) -> None:
     """
     with explained():
         mapper = RevDatasetMapper(cfg, is_train=not eval_only)
-        _check_pixels(cfg)
     for name in dict.fromkeys([*([] if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]):
         summary = registered_summary(name)
         for record in summary.sample if summary else ():
@@ -190,17 +223,6 @@ def check_output(cfg: CfgNode) -> None:
                 f"TEST.EXPECTED_RESULTS has the entry {entry!r}; expected [TASK, METRIC, VALUE, TOLERANCE], "
                 "for example ['bbox', 'AP', 48.0, 0.5]"
             )
-
-
-def _check_pixels(cfg: CfgNode) -> None:
-    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
-    valid = len(mean) == len(std) and all(map(is_finite, mean)) and all(is_finite(s) and s > 0 for s in std)
-    # One channel is spread over as many as there are means.
-    if not mean or not valid or (len(mean) != 3 and cfg.INPUT.FORMAT != "L"):
-        raise ValueError(
-            f"MODEL.PIXEL_MEAN is {mean!r} and MODEL.PIXEL_STD {std!r}; each must be a number per channel of "
-            f"INPUT.FORMAT {cfg.INPUT.FORMAT}, those of PIXEL_STD above 0"
-        )
 
 
 def _check_number(key: str, value: Any, above: float | None = None, least: float | None = None) -> None:

@@ -149,9 +149,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
         trainer.train()
         return {}
     model = Trainer.build_model(cfg)
-    checkpointer = RevCheckpointer(
-        model, cfg.OUTPUT_DIR, strict_weights=cfg.MODEL.REV.STRICT_WEIGHTS, evaluation=True
-    )
+    checkpointer = RevCheckpointer.of_run(cfg, model, evaluation=True)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     results = Trainer.test_with_augmentation(cfg, model)
     if comm.is_main_process():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import functools
 import itertools
 import logging
@@ -15,15 +14,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
-from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser
 from detectron2.solver import build_lr_scheduler
 
 # Importing rev_det.modeling registers the backbones.
 from .. import modeling  # noqa: F401
 from ..checkpoint import RevCheckpointer
-from ..config import add_rev_det_config
+from ..config_files import config_keys, default_config, read_config_file, unknown_key
 from ..data import parse_dataset_argument, register_datasets, resolve_mask_format, resolve_num_classes
 from ..devices import check_device
 from .amp import check_precision
@@ -33,7 +30,9 @@ from .checks import (
     check_datasets_named,
     check_images,
     check_output,
+    check_pixels,
     check_processes,
+    check_proposals,
     check_solver,
     check_training_data,
 )
@@ -96,11 +95,11 @@ def load_config(
         FileNotFoundError: the config, annotations or images do not exist.
         ValueError: a key does not exist, a value or a dataset is not valid, or there are too few GPUs.
     """
-    cfg = get_cfg()
-    add_rev_det_config(cfg)
-    _merge(cfg, config_file, opts)
+    cfg = _read(config_file, opts)
     if not eval_only:
         check_solver(cfg)
+    check_pixels(cfg)
+    check_proposals(cfg)
     rescale_schedule(cfg, fixed=opts[::2])
     entries = [parse_dataset_argument(text) for text in datasets]
     check_datasets_named(cfg, [name for name, *_ in entries], eval_only)
@@ -159,9 +158,7 @@ def _build_once(cfg: CfgNode, args: argparse.Namespace) -> None:
         with explained():
             build_lr_scheduler(cfg, build_optimizer(cfg, model))
             build_gradient_clipper(cfg)
-    checkpointer = RevCheckpointer(
-        model, cfg.OUTPUT_DIR, strict_weights=cfg.MODEL.REV.STRICT_WEIGHTS, evaluation=args.eval_only
-    )
+    checkpointer = RevCheckpointer.of_run(cfg, model, evaluation=args.eval_only)
     if not (args.resume and checkpointer.has_checkpoint()):
         checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
 
@@ -176,7 +173,7 @@ def _silence() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _merge(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
+def _read(config_file: str, opts: Sequence[str]) -> CfgNode:
     if not config_file:
         raise ValueError(
             "--config-file is missing; the configs are below configs/, or name a model of the zoo"
@@ -188,19 +185,14 @@ def _merge(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
         raise ValueError(
             f"{misplaced[0]} comes after the first KEY VALUE pair; options come before all of them"
         )
-    defaults, known = cfg.clone(), set(_keys(cfg))
+    defaults = default_config()
+    known = set(config_keys(defaults))
     if len(opts) % 2:
         raise ValueError(_not_in_pairs(opts, known))
     for key in opts[::2]:
         if key not in known:
-            raise ValueError(_unknown_key(key, known))
-    try:
-        cfg.merge_from_file(config_file)
-    except KeyError as error:
-        # yacs: "Non-existent config key: A.B".
-        raise ValueError(f"{config_file}: {_unknown_key(error.args[0].split(': ')[-1], known)}") from error
-    except (yaml.YAMLError, AttributeError, AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"{config_file} is not a valid config: {error}") from error
+            raise ValueError(unknown_key(key, known))
+    cfg = read_config_file(config_file)
     for key, text in zip(opts[::2], opts[1::2], strict=True):
         try:
             cfg.merge_from_list([key, text])
@@ -210,6 +202,7 @@ def _merge(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
         # yacs lets None pass for any value; for a number, WEIGHT_DECAY_BIAS, it has a meaning.
         if _get(cfg, key) is None and not isinstance(_get(defaults, key), float | None):
             raise ValueError(_wrong_type(defaults, key, "None"))
+    return cfg
 
 
 def _wrong_type(cfg: CfgNode, key: str, text: str) -> str:
@@ -241,20 +234,8 @@ def _not_in_pairs(opts: Sequence[str], known: set[str]) -> str:
     return f"config keys and values must alternate, but {len(opts)} words are given: {' '.join(opts)}"
 
 
-def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        yield prefix + key
-        if isinstance(value, type(node)):
-            yield from _keys(value, f"{prefix}{key}.")
-
-
 def _get(cfg: CfgNode, key: str) -> Any:
     return functools.reduce(operator.getitem, key.split("."), cfg)
-
-
-def _unknown_key(key: str, known: set[str]) -> str:
-    similar = difflib.get_close_matches(key, sorted(known), n=1)
-    return f"there is no config key {key}" + (f"; did you mean {similar[0]}?" if similar else "")
 
 
 def _settle_device(cfg: CfgNode, num_gpus: int) -> None:

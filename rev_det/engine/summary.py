@@ -10,12 +10,11 @@ import shlex
 import time
 from typing import Any
 
-import detectron2
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from .. import __version__
+from ..checkpoint.origin import versions
 from ..files import write_json
 from .amp import Precision
 from .checkpoints import BEST, FINAL, Evaluation
@@ -89,12 +88,7 @@ class Summary(HookBase):
             "metrics": {name: _or_none(value) for name, value in self._evaluation.latest.items()},
             "best": {**self._evaluation.best, "file": f"{BEST}.pth"} if self._evaluation.best else None,
             "datasets": {"train": list(cfg.DATASETS.TRAIN), "test": list(cfg.DATASETS.TEST)},
-            "versions": {
-                "rev_det": __version__,
-                "detectron2": detectron2.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "device": torch.cuda.get_device_name() if on_cuda(cfg) else platform.machine(),
         }
 

@@ -93,9 +93,7 @@ class Trainer(DefaultTrainer):
             stop_requested=self.stop_request,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = RevCheckpointer(
-            model, cfg.OUTPUT_DIR, strict_weights=cfg.MODEL.REV.STRICT_WEIGHTS, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = RevCheckpointer.of_run(cfg, model, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -122,9 +120,9 @@ class Trainer(DefaultTrainer):
         """
         if not resume and self.checkpointer.has_checkpoint():
             logger.warning(
-                "%s is the last checkpoint of an earlier run in OUTPUT_DIR; without --resume this run starts "
-                "anew, and it is what --resume would continue until this run has saved one of its own",
-                self.checkpointer.get_checkpoint_file(),
+                "OUTPUT_DIR, %s, holds checkpoints of an earlier run; without --resume this run starts anew, "
+                "and they are what --resume would continue until this run has saved one of its own",
+                self.cfg.OUTPUT_DIR,
             )
         super().resume_or_load(resume)
         starts = comm.all_gather(self.start_iter)
@@ -134,21 +132,9 @@ class Trainer(DefaultTrainer):
                 f"{self.cfg.OUTPUT_DIR}, must be the same folder on all machines, on a disk that they share"
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "images_per_step": self.cfg.SOLVER.IMS_PER_BATCH}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         configured = self._learning_rates()
         super().load_state_dict(state_dict)
-        images = self.cfg.SOLVER.IMS_PER_BATCH
-        if (before := state_dict.get("images_per_step", images)) != images:
-            logger.warning(
-                "The run that is resumed took %d images per step, and SOLVER.IMS_PER_BATCH is %d: iterations "
-                "are counted on from %d, on the schedule of this config",
-                before,
-                images,
-                self.iter + 1,
-            )
         if (restored := self._learning_rates()) != configured:
             logger.warning(
                 "The learning rates of the run that is resumed, at most %g, are kept, and not those of this "

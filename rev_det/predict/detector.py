@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from detectron2.config import get_cfg
 from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from torch import nn
 
 from ..analysis.cases import read_config
 from ..checkpoint import RevCheckpointer
+from ..checkpoint.checkpointer import last_checkpoint
 from ..checkpoint.named import PUBLISHED
-from ..config import add_rev_det_config
-from ..config_files import find_config_file
+from ..checkpoint.origin import classes_of_origin
+from ..config_files import find_config_file, read_config_file
 from ..devices import check_device, device_settings
 from ..engine import Precision, build_detector
 from .classes import Classes, classes_from_json, classes_of_config, files_of_config, training_folder
@@ -225,34 +225,48 @@ def load_detector(
         found, absent = classes_from_json(dataset_json), ""
     else:
         found, absent = _classes_of(origin.config_file, opts)
-    classes = _settle_classes(cfg, found, dataset_json, opts, absent)
-    chosen = classes.indices(only) if only else None
+    count = _settle_count(cfg, found, dataset_json, opts)
     if amp is None:
         amp = cfg.SOLVER.AMP.ENABLED and device != "cpu"
     cfg.SOLVER.AMP.ENABLED = amp
     # What lies below it is not worth a mask, and what lies above it must not be left out before.
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = threshold
     model = build_detector(cfg)
-    strict = cfg.MODEL.REV.STRICT_WEIGHTS
-    RevCheckpointer(model, strict_weights=strict, evaluation=True).load(origin.weights, checkpointables=[])
+    known = found is not None and len(found.names) == count
+    loaded = RevCheckpointer(
+        model,
+        strict_weights=cfg.MODEL.REV.STRICT_WEIGHTS,
+        strict_classes=cfg.MODEL.REV.STRICT_CLASSES,
+        evaluation=True,
+        origin={"classes": list(found.names) if known else None},
+    ).load(origin.weights, checkpointables=[])
+    classes = found if known else _classes_of_checkpoint(loaded, count)
+    if classes is None:
+        logger.warning(
+            "The names of the detector's %d classes are not known: %s. They are numbered; --dataset-json "
+            "FILE, in COCO's format, names them",
+            count,
+            absent if found is None else f"the data of its config have {len(found.names)}",
+        )
+        classes = Classes.numbered(count)
+    chosen = classes.indices(only) if only else None
     return Detector(cfg, model, classes, Precision.from_config(cfg), threshold, chosen)
 
 
 def _last_checkpoint(run: str) -> str:
-    note = os.path.join(run, "last_checkpoint")
-    if os.path.isfile(note):
-        with open(note, encoding="utf-8") as file:
-            return os.path.join(run, file.read().strip())
-    return os.path.join(run, "model_final.pth")
+    try:
+        return last_checkpoint(run)
+    except FileNotFoundError:
+        return os.path.join(run, "model_final.pth")
 
 
 def _weights_of(config: str) -> str:
     """``MODEL.WEIGHTS`` of a file, unless that is a published backbone's.
 
     Raises:
-        ValueError: there are none of a detector.
+        OSError, ValueError: the file cannot be read, or there are none of a detector.
     """
-    weights = get_cfg().load_yaml_with_base(config, allow_unsafe=True).get("MODEL", {}).get("WEIGHTS")
+    weights = read_config_file(config).MODEL.WEIGHTS
     if not weights or weights in {published.url for published in PUBLISHED.values()}:
         found = "a backbone's alone" if weights else "none"
         raise ValueError(
@@ -263,9 +277,7 @@ def _weights_of(config: str) -> str:
 
 def _classes_of(config_file: str, opts: Sequence[str]) -> tuple[Classes | None, str]:
     """The classes of a config's data; if there are none, where they were looked for."""
-    cfg = get_cfg()
-    add_rev_det_config(cfg)
-    cfg.merge_from_file(config_file)
+    cfg = read_config_file(config_file)
     start = training_folder(cfg.OUTPUT_DIR, os.path.dirname(config_file))
     folders = ("",) if start is None else (start, "")
     cfg.merge_from_list(list(opts))
@@ -276,30 +288,22 @@ def _classes_of(config_file: str, opts: Sequence[str]) -> tuple[Classes | None, 
     return None, f"there is no {' or '.join(paths)}" if paths else "its config names no data at hand"
 
 
-def _settle_classes(
-    cfg: CfgNode, found: Classes | None, dataset_json: str | None, opts: Sequence[str], absent: str
-) -> Classes:
-    """The model's classes; sets its number of classes if that is left to the data (in place).
-
-    Args:
-        absent: why none were found.
-    """
+def _settle_count(cfg: CfgNode, found: Classes | None, dataset_json: str | None, opts: Sequence[str]) -> int:
+    """The model's number of classes, which is set if it is left to the data (in place)."""
     head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
     key = f"MODEL.{head}.NUM_CLASSES"
     count = cfg.MODEL[head].NUM_CLASSES
     if found is not None and found.own and count == _DEFAULT_NUM_CLASSES and key not in opts:
         count = cfg.MODEL[head].NUM_CLASSES = len(found.names)
-    if found is not None and len(found.names) == count:
-        return found
-    if dataset_json:
+    if dataset_json and len(found.names) != count:
         raise ValueError(
             f"--dataset-json {dataset_json} has {len(found.names)} classes, but the detector has {count} "
             f"({key}); name the file that it was trained on"
         )
-    logger.warning(
-        "The names of the detector's %d classes are not known: %s. They are numbered; --dataset-json FILE, "
-        "in COCO's format, names them",
-        count,
-        absent if found is None else f"the data of its config have {len(found.names)}",
-    )
-    return Classes.numbered(count)
+    return count
+
+
+def _classes_of_checkpoint(loaded: Mapping[str, Any], count: int) -> Classes | None:
+    """Where the data are not at hand: the names that a checkpoint keeps, with ids from 1 on."""
+    names = classes_of_origin(loaded.get("made_by"))
+    return Classes(tuple(names), tuple(range(1, count + 1))) if names and len(names) == count else None

@@ -16,6 +16,8 @@ from ..data.images import read_rgb
 # What is taken from a folder. A file that is named itself may have any extension.
 IMAGE_EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"))
 VIDEO_EXTENSIONS = frozenset((".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"))
+# Some containers announce frames by their duration, which may be a little more than they have.
+_WHOLE_SHARE = 0.98
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def read_frames(source: Source) -> Iterator[Frame]:
     """The pictures of a source, in order.
 
     Raises:
-        ValueError: the file cannot be read as an image or video; the message does not name it.
+        ValueError: the file cannot be read as an image or video, or a video ends too early, after the frames
+            there are; the message does not name it.
     """
     if source.is_video:
         yield from _read_video(source)
@@ -123,7 +126,7 @@ def _read_video(source: Source) -> Iterator[Frame]:
     try:
         if not capture.isOpened():
             raise ValueError("OpenCV cannot open it as a video: it is damaged, or of an unknown format")
-        rate = capture.get(cv2.CAP_PROP_FPS)
+        rate, announced = capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         index = 0
         while True:
             there, image = capture.read()
@@ -134,6 +137,11 @@ def _read_video(source: Source) -> Iterator[Frame]:
             index += 1
         if not index:
             raise ValueError("no frame of the video can be decoded")
+        if index < _WHOLE_SHARE * announced:
+            raise ValueError(
+                f"{index} of the {announced} frames that the video announces could be read: it is cut off or "
+                "damaged"
+            )
     finally:
         capture.release()
 

@@ -35,7 +35,8 @@ class PredictionWriter:
     """Writes predictions into a folder; to be closed, or used in a ``with`` statement.
 
     - ``NAME.jpg`` or ``NAME.mp4`` for each source: what was found, drawn by Detectron2.
-    - ``predictions.json``: detections in COCO's result format. Of videos each frame is an image.
+    - ``predictions.json``: detections in COCO's result format. Of videos each frame is an image. If nothing
+      was found it is an empty list, which pycocotools cannot load.
     - ``images.json``: which file or frame an ``image_id`` is, and the categories; with it,
       ``COCO("images.json").loadRes("predictions.json")`` works.
 
@@ -113,6 +114,10 @@ class PredictionWriter:
             (IMAGES, {"images": self._images, "categories": categories}),
         ):
             write_json(str(self.folder / name), content, indent=None)
+
+    def files(self) -> int:
+        """How many files there are predictions on."""
+        return len({image["file_name"] for image in self._images})
 
     def others(self) -> int:
         """How many pictures and videos are in the folder that this writer has not written."""

@@ -26,7 +26,7 @@ def predict(
         done: is told how many further pictures are finished, or were skipped.
 
     Returns:
-        path and reason of each file that could not be read.
+        path and reason of each file that could not be read, or not to its end.
 
     Raises:
         ValueError: the batch size is none, or a batch does not fit into memory.
@@ -45,18 +45,19 @@ def predict(
             batch.clear()
 
     for source in sources:
-        frames = read_frames(source)
+        frames, read = read_frames(source), 0
         while True:
             # Only what reading raises: an error of the detector or the writer is another matter.
             try:
                 frame = next(frames, None)
             except (ValueError, OSError) as error:
                 failures.append((source.path, str(error)))
-                done(source.num_frames())
+                done(source.num_frames() - read)
                 break
             if frame is None:
                 break
             batch.append(frame)
+            read += 1
             if len(batch) == batch_size:
                 flush()
     flush()

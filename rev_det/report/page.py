@@ -10,13 +10,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import get_cfg
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from .. import __version__
-from ..config import add_rev_det_config
+from ..config_files import default_config, flat
 from ..files import write_whole
 from .charts import draw_charts
 from .run import Evaluation, Run, split_metric
@@ -248,27 +247,12 @@ def _class_table(evaluation: Evaluation) -> Table | None:
 
 
 def _differences(config: Mapping[str, Any]) -> list[Difference]:
-    defaults = get_cfg()
-    add_rev_det_config(defaults)
-    known = dict(_flat(defaults))
+    known = dict(flat(default_config()))
     return [
         Difference(key, _shown(value), _shown(known[key]) if key in known else "none")
-        for key, value in _flat(config)
+        for key, value in flat(config)
         if key not in known or value != known[key]
     ]
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys with dots, and their values; a tuple is a list, which is what a file has of it."""
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", _as_lists(value)
-
-
-def _as_lists(value: Any) -> Any:
-    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _shown(value: Any) -> str:

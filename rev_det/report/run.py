@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..checks import is_finite
+from ..config_files import load_yaml
 from ..engine.metrics import read_metrics
 from .log import Log
 
@@ -82,10 +81,7 @@ class Run:
                 f"{folder} is not the folder of a training run: it has no {_CONFIG}, which a run writes first"
             )
         text = (folder / _CONFIG).read_text(encoding="utf-8")
-        try:
-            config = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{folder / _CONFIG} is damaged: {error}") from error
+        config = load_yaml(text, str(folder / _CONFIG))
         if not isinstance(config, dict) or not isinstance(config.get("SOLVER"), dict):
             raise ValueError(f"{folder / _CONFIG} is not the config of a training run: it has no SOLVER")
         metrics = folder / "metrics.json"

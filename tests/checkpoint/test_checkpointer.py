@@ -134,6 +134,49 @@ def test_a_last_checkpoint_that_is_gone_is_named(tmp_path):
         checkpointer.resume_or_load("", resume=True)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"../model.pth",
+        b"/etc/hostname",
+        b"/run/model_0000001.pth",
+        b"",
+        b"\x80\x02}q",
+        b"a\nb",
+        b"x" * 300,
+    ],
+)
+def test_a_last_checkpoint_in_another_folder_is_neither_followed_nor_quoted(tmp_path, content):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    model = make_vit()
+    RevCheckpointer(model, str(tmp_path)).save("model")
+    checkpointer = RevCheckpointer(model, str(folder))
+    checkpointer.save("model_0000001")
+    (folder / "last_checkpoint").write_bytes(content)
+    whole = "model_0000001.pth beside it is whole: write this name into last_checkpoint"
+    message = f"run/last_checkpoint does not hold the name of a checkpoint beside it; {whole}"
+    with pytest.raises(ValueError, match=message) as caught:
+        checkpointer.resume_or_load("", resume=True)
+    assert not content or content.decode("latin-1") not in str(caught.value)
+
+
+def test_of_a_damaged_last_checkpoint_the_newest_that_is_whole_is_named(tmp_path):
+    checkpointer = RevCheckpointer(make_vit(), str(tmp_path))
+    for iteration in range(4):
+        checkpointer.save(f"model_{iteration}")
+        os.utime(tmp_path / f"model_{iteration}.pth", (iteration, iteration))
+    for iteration in (2, 3):
+        path = tmp_path / f"model_{iteration}.pth"
+        path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="model_3.pth is damaged.*; model_1.pth beside it is whole"):
+        checkpointer.resume_or_load("", resume=True)
+    for iteration in (0, 1):
+        (tmp_path / f"model_{iteration}.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match="model_3.pth is damaged.*; no other checkpoint is whole"):
+        checkpointer.resume_or_load("", resume=True)
+
+
 def test_a_save_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     model = make_vit()
     checkpointer = RevCheckpointer(model, str(tmp_path))

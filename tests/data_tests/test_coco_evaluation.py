@@ -179,6 +179,48 @@ def test_fast_metrics_equal_pycocotools_on_drawn_detections(benchmark, write):
     assert sum(key.startswith("AP-") for key in metrics["segm"]) == benchmark.NUM_CLASSES
 
 
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda key: 2**53 + key,
+        lambda key: 2**64 + key,
+        lambda key: -5 * key,
+        lambda key: (key - 6) * 2**54,
+    ],
+)
+def test_any_ids_give_the_metrics_of_small_ones(benchmark, write, tmp_path, change, fast):
+    rng = np.random.default_rng(3)
+    content = benchmark.draw_dataset(12, rng)
+    results = benchmark.draw_detections(content, rng)
+    # Of equal scores, those of images in front count first: a change that reverses images would change AP.
+    for index, result in enumerate(results):
+        result["score"] += 1e-6 * index
+    metrics = []
+    for name in ("small", "other"):
+        register_coco_instances(name, {}, write(content, f"{name}.json"), "")
+        DatasetCatalog.get(name)
+        output = str(tmp_path / name)
+        evaluator = RevCOCOEvaluator(name, distributed=False, use_fast_impl=fast, output_dir=output)
+        metrics.append([])
+        for images in ([image["id"] for image in content["images"][:6]], None):
+            feed(evaluator, content, results)
+            metrics[-1].append(evaluator.evaluate(images))
+        # What is written has the ids of the file.
+        written = json.loads((tmp_path / name / "coco_instances_results.json").read_text())
+        assert {r["image_id"] for r in written} == {r["image_id"] for r in results}
+        assert {r["category_id"] for r in written} <= {c["id"] for c in content["categories"]}
+        for item in (*content["images"], *content["categories"], *content["annotations"], *results):
+            item.update({key: change(item[key]) for key in ("id", "image_id", "category_id") if key in item})
+    for small, other in zip(*metrics, strict=True):
+        for task in ("bbox", "segm"):
+            aps = [sorted((k, v) for k, v in m[task].items() if "AP-" not in k) for m in (small, other)]
+            assert dict(aps[0]) == pytest.approx(dict(aps[1]), abs=1e-9, rel=0)
+            assert 2 < small[task]["AP"] < 98
+    # Of half of the images, and of all.
+    assert metrics[0][0]["bbox"]["AP"] != metrics[0][1]["bbox"]["AP"]
+
+
 @pytest.mark.parametrize("file", ["instances_val", "instances_val_person", "instances_val_super12"])
 def test_fast_metrics_equal_pycocotools_on_real_images(benchmark, shared, file):
     folder = shared / "data" / "coco_free_448"

@@ -111,6 +111,12 @@ def test_required_fields_are_named_with_their_record(content, write, images, sec
         ("annotations", "bbox", [1, 2, float("nan"), 4], "expected four finite numbers"),
         ("annotations", "iscrowd", 2, "'iscrowd' is 2, expected 0 or 1"),
         ("annotations", "ignore", 1, "'ignore' is not supported"),
+        ("annotations", "area", -5, r"annotations\[0\] \(id 1\): 'area' is -5, expected a number of pixels"),
+        ("annotations", "area", float("nan"), "'area' is nan, expected"),
+        ("annotations", "area", float("inf"), "'area' is inf, expected"),
+        ("annotations", "area", "100", "'area' is '100', expected"),
+        ("annotations", "area", None, "'area' is None, expected"),
+        ("annotations", "area", True, "'area' is True, expected"),
     ],
 )
 def test_wrong_values_are_named(content, write, images, section, key, value, message):
@@ -129,6 +135,12 @@ def test_record_that_is_no_object(content, write, images):
 def test_duplicate_ids(content, write, images, section):
     content[section][1]["id"] = content[section][0]["id"]
     with pytest.raises(ValueError, match=f"'{section}' has duplicate ids"):
+        check(write(content), images)
+
+
+def test_class_names_that_results_could_not_tell_apart_are_named(content, write, images):
+    content["categories"].append({"id": 9, "name": "dog"})
+    with pytest.raises(ValueError, match=r"class names are given more than once \(dog\).*rename them"):
         check(write(content), images)
 
 

@@ -63,7 +63,7 @@ DEFECTS = {
     "mask elsewhere, in runs": (WARNING, r"1 of 4 .* masks and boxes are not of the same place: id 2"),
     "instance twice": (WARNING, r"1 of 5 .* instances have the class and box of another: id 4 = id 5"),
     "empty class": (WARNING, r"1 of 3 \(33 %\) classes have no instances: bird"),
-    "class name twice": (WARNING, r"1 of 2 .* class names are given more than once: cat"),
+    "class name twice": (ERROR, r"1 of 2 .* class names are given more than once: cat"),
     "file twice": (WARNING, r"1 of 3 .* files are listed more than once: 0\.png"),
     "same content": (WARNING, r"1 of 3 .* have the same content under several names: 0\.png = copy\.bmp"),
     "no instances": (NOTE, r"1 of 2 .* images have no instances: 1\.png"),
@@ -175,6 +175,8 @@ def test_what_training_refuses_is_an_error_in_its_words(good, check):
     good["annotations"][0]["bbox"] = [1, 2, 3]
     (error,) = findings(check(good), ERROR)
     assert error.startswith("training refuses these data: annotations[0] (id 1): 'bbox' is [1, 2, 3]")
+    good["annotations"][0].update(bbox=[1, 2, 3, 4], area=-1)
+    assert any("(id 1): 'area' is -1, expected" in error for error in findings(check(good), ERROR))
 
 
 def test_boxes_given_by_two_corners_get_a_hint(good, check):

@@ -394,10 +394,7 @@ def test_a_run_that_is_resumed_with_other_batches_or_rates_says_what_is_kept(tra
     # Rescaled, the learning rate is another one.
     opts = ("SOLVER.REFERENCE_IMS_PER_BATCH", "2", "SOLVER.IMS_PER_BATCH", "4", "SOLVER.ACCUMULATE", "2")
     resumed = trainer(*opts, resume=True)
-    assert (
-        "took 2 images per step, and SOLVER.IMS_PER_BATCH is 4: iterations are counted on from 4"
-        in caplog.text
-    )
+    assert "was made with " in caplog.text and "SOLVER.IMS_PER_BATCH 2, now 4" in caplog.text
     assert "at most 0.0015, are kept, and not those of this config, at most 0.00212132" in caplog.text
     assert {group["initial_lr"] for group in resumed.optimizer.param_groups} == {0.0015}
 
@@ -413,7 +410,7 @@ def test_a_new_run_in_the_folder_of_an_earlier_one_says_so(trainer, caplog):
         trainer(at=2, action=send(signal.SIGTERM)).train()
     assert "earlier run" not in caplog.text
     assert trainer().start_iter == 0
-    assert "model_0000003.pth is the last checkpoint of an earlier run in OUTPUT_DIR" in caplog.text
+    assert "/output, holds checkpoints of an earlier run" in caplog.text
 
 
 def test_a_best_metric_that_is_not_measured_is_told_once_with_those_that_are(

@@ -130,6 +130,10 @@ def test_several_processes_on_the_cpu_need_no_gpu(check):
         (("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "l2"), "CLIP_TYPE is 'l2'"),
         (("DATASETS.TRAIN", "('unknown',)"), "dataset 'unknown' is not registered"),
         (("DATASETS.TRAIN", "()"), "DATASETS.TRAIN is empty"),
+        (
+            ("MODEL.LOAD_PROPOSALS", "True", "DATASETS.PROPOSAL_FILES_TRAIN", "('boxes.pkl',)"),
+            "DATASETS.PROPOSAL_FILES_TRAIN has boxes.pkl, a pickle, which could run code",
+        ),
     ],
 )
 def test_bad_keys_and_values_are_named(check, opts, message):
@@ -248,6 +252,27 @@ def test_an_image_that_is_none_is_found_before_anything_is_written(
     assert code == 2 and error.startswith("error: image ") and f"{image} (image_id" in error
     assert "cannot be decoded" in error
     assert not (folder.parent / "output").exists()
+
+
+def test_classes_in_another_order_than_in_training_are_an_error(
+    own_data, tiny_run, nano_mvit, tmp_path, capsys
+):
+    assert main(tiny_run(nano_mvit, "DATASETS.TEST", "()")) == 0
+    content, write, _, name, dataset = own_data
+    names = [category["name"] for category in content["categories"]]
+    for category, other in zip(content["categories"], reversed(names), strict=True):
+        category["name"] = other
+    write()
+    opts = {"TRAIN": f"('{name}',)", "TEST": f"('{name}',)"}
+    opts = [word for key, value in opts.items() for word in (f"DATASETS.{key}", value)]
+    opts += ["SOLVER.MAX_ITER", "3", "MODEL.WEIGHTS", str(tmp_path / "output/model_final.pth")]
+    for option in ("--eval-only", "--resume"):
+        words = tiny_run(nano_mvit, *opts, options=(option,))
+        words[words.index("--dataset") + 1] = dataset
+        assert main(words) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"model_final.pth was trained on other classes than the data have (0: {names[0]}, " in error
+        assert main([*words, "MODEL.REV.STRICT_CLASSES", "False"]) == 0
 
 
 def test_training_data_of_crowd_regions_alone_are_an_error(own_data, tiny_run, nano_mvit, capsys):

@@ -3,10 +3,14 @@
 import json
 import re
 
+import cv2
+import numpy as np
 import pytest
 from nano_detector import save_image
+from pycocotools.coco import COCO
 
 from rev_det.cli import main
+from rev_det.predict import find_sources, read_frames
 
 
 @pytest.fixture
@@ -65,6 +69,10 @@ def test_where_nothing_is_found_the_highest_score_says_what_to_try(nano_run, pho
     assert "0 objects in 2 files\n" in out
     assert f"no score for bee, cat is as high as the --threshold of 0.99: the highest is {best:.3f}," in out
     assert "the detector knows ant, bee, cat\n" in out
+    # It fails with an IndexError, whatever the images are.
+    assert "predictions.json is an empty list, which pycocotools' loadRes cannot load\n" in out
+    with pytest.raises(IndexError):
+        COCO(str(tmp_path / "out/images.json")).loadRes(str(tmp_path / "out/predictions.json"))
 
 
 def test_one_bad_image_is_reported_at_the_end_and_skipped(nano_run, photos, tmp_path, capsys):
@@ -72,9 +80,30 @@ def test_one_bad_image_is_reported_at_the_end_and_skipped(nano_run, photos, tmp_
     assert command(nano_run, photos, tmp_path / "out", "--no-pictures") == 1
     out, err = capsys.readouterr()
     assert "objects in 2 files" in out
-    assert f"1 of 3 files could not be read:\n  {photos}/1.png: cannot identify image file\n" in err
+    assert (
+        f"1 of 3 files could not be read, or not to the end:\n  {photos}/1.png: cannot identify image file\n"
+        in err
+    )
     images = json.loads((tmp_path / "out" / "images.json").read_text())["images"]
     assert [image["file_name"] for image in images] == [f"{photos}/0.png", f"{photos}/2.png"]
+
+
+def test_of_a_video_that_is_cut_off_the_frames_that_are_there_are_kept(nano_run, tmp_path, capsys):
+    path, out = tmp_path / "clip.avi", tmp_path / "out"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 12.0, (64, 48))
+    for seed in range(12):
+        writer.write(np.random.default_rng(seed).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    writer.release()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert command(nano_run, path, out, "--threshold", 0.2, "--batch-size", 4) == 1
+    printed, err = capsys.readouterr()
+    count = int(re.search(rf"  {path}: (\d+) of the 12 frames that the video announces", err)[1])
+    assert 0 < count < 12 and "objects in 1 file (" in printed and " 12/12 " in err
+    truth = COCO(str(out / "images.json"))
+    assert [image["frame"] for image in truth.dataset["images"]] == list(range(count))
+    assert truth.loadRes(str(out / "predictions.json")).getImgIds() == truth.getImgIds()
+    (video,) = find_sources([str(out / "clip.mp4")])
+    assert len(list(read_frames(video))) == count
 
 
 @pytest.mark.parametrize(

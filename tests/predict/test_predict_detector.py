@@ -38,6 +38,9 @@ def test_a_runs_folder_stands_for_its_config_and_last_checkpoint(nano_run, tmp_p
     (tmp_path / "last_checkpoint").write_text("model_0000099.pth")
     assert Origin.find(run=str(tmp_path)).weights == str(tmp_path / "model_0000099.pth")
     assert Origin.find(run=str(tmp_path), weights="best.pth").weights == "best.pth"
+    (tmp_path / "last_checkpoint").write_bytes(b"../\x80")
+    with pytest.raises(ValueError, match="last_checkpoint does not hold the name of a checkpoint"):
+        Origin.find(run=str(tmp_path))
 
 
 def test_the_config_beside_weights_is_theirs(nano_run):
@@ -158,6 +161,22 @@ def test_data_of_another_number_of_classes_are_not_said_to_be_absent(make_run, t
     assert "detector's 3 classes are not known: the data of its config have 2" in caplog.text
 
 
+def test_classes_of_absent_data_are_those_that_the_checkpoint_keeps(make_run, dataset_json, caplog):
+    run = make_run(nano_config("/nowhere/own.json"))
+    origin = {"classes": list(CLASSES), "versions": {}, "config": {}}
+    kept = torch.load(run / "model_final.pth", weights_only=True)
+    torch.save(kept | {"made_by": origin}, run / "model_final.pth")
+    with caplog.at_level(logging.WARNING, "rev_det"):
+        assert load(run).classes == Classes(CLASSES, (1, 2, 3))
+    assert "not known" not in caplog.text
+    assert load(run, dataset_json=dataset_json).classes.ids == CATEGORY_IDS
+    torch.save(kept | {"made_by": origin | {"classes": list(CLASSES[::-1])}}, run / "model_final.pth")
+    with pytest.raises(ValueError, match="trained on other classes than the data have .0: cat, now ant"):
+        load(run, dataset_json=dataset_json)
+    loose = ["MODEL.REV.STRICT_CLASSES", "False"]
+    assert load(run, dataset_json=dataset_json, opts=loose).classes.names == CLASSES
+
+
 def test_a_given_file_names_them(make_run, dataset_json):
     assert load(make_run(nano_config()), dataset_json=dataset_json).classes.names == CLASSES
 
@@ -263,6 +282,7 @@ def test_mixed_precision_is_only_on_request_on_the_cpu(nano_run, amp, dtype):
         ({"device": "cuda:99"}, "--device is 'cuda:99'; allowed on this machine are .*cpu"),
         ({"opts": ["MODEL.NOTHING", "1"]}, "no config key MODEL.NOTHING"),
         ({"opts": ["MODEL.ROI_HEADS.NAME", "NoHeads"]}, "cannot be built: .*NoHeads"),
+        ({"opts": ["MODEL.PIXEL_STD", "[0.0, 0.0, 0.0]"]}, r"MODEL.PIXEL_STD \[0.0, .*above 0"),
     ],
 )
 def test_arguments_that_do_not_go(nano_run, options, message):

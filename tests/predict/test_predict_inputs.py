@@ -110,6 +110,25 @@ def test_a_video_is_its_frames_in_rgb_with_their_rate(tmp_path):
         assert np.abs(frame.image.mean((0, 1)) - (value, 0, 0)).max() < 8  # JPEG
 
 
+def test_a_video_that_is_cut_off_gives_its_frames_and_then_an_error(tmp_path):
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 12.0, (64, 48))
+    for seed in range(12):
+        writer.write(np.random.default_rng(seed).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    writer.release()
+    (source,) = find_sources([str(path)])
+    assert len(list(read_frames(source))) == 12
+    content = path.read_bytes()
+    for share, least in ((0.9, 9), (0.5, 4)):
+        path.write_bytes(content[: int(share * len(content))])
+        found = []
+        with pytest.raises(ValueError, match="cut off or damaged") as error:
+            for frame in read_frames(source):
+                found.append(frame)
+        assert least <= len(found) < 12
+        assert f"{len(found)} of the 12 frames that the video announces could be read" in str(error.value)
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
