@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from ..advice import hide_advice
 from ..checkpoint import RevCheckpointer
 from ..config_files import find_config_file
 from ..data import register_datasets
-from .console import set_up_run
+from .console import run_logged
 from .interruption import (
     STOP_EXIT_CODES,
     Interrupted,
@@ -30,6 +31,7 @@ from .interruption import (
     leave_interrupts_to_parent,
     passing_on_to_children,
 )
+from .lock import locked
 from .setup import argument_parser, check_run, load_config
 from .torchrun import adopt_processes, join_processes, under_torchrun
 from .trainer import Trainer
@@ -66,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.config_file = find_config_file(args.config_file)
         cfg = load_config(args.config_file, args.opts, args.dataset, args.num_gpus, args.eval_only)
         check_run(cfg, args)
-        failure = launch_processes(cfg, args)
+        # Of several processes and machines, one for all.
+        first = args.machine_rank == 0 and not (under_torchrun() and int(os.environ["LOCAL_RANK"]))
+        with locked(cfg.OUTPUT_DIR) if first else contextlib.nullcontext():
+            failure = launch_processes(cfg, args)
     except USER_ERRORS as error:
         failure = error_line(error)
     except KeyboardInterrupt:
@@ -137,19 +142,27 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
         with ``--eval-only`` the metrics, as `Trainer.test` returns them; else nothing.
     """
     register_datasets(cfg)
-    set_up_run(cfg, args)
-    if not args.eval_only:
-        trainer = Trainer(cfg)
-        if args.resume and not trainer.checkpointer.has_checkpoint():
-            logger.warning("--resume: no checkpoint in %s, so training starts at iteration 0", cfg.OUTPUT_DIR)
-        trainer.resume_or_load(resume=args.resume)
-        trainer.train()
-        return {}
+    with run_logged(cfg, args) as start_files:
+        return _evaluate(cfg, args, start_files) if args.eval_only else _train(cfg, args, start_files)
+
+
+def _train(cfg: CfgNode, args: argparse.Namespace, start_files: Callable[[], None]) -> dict[str, Any]:
+    trainer = Trainer(cfg)
+    if args.resume and not trainer.checkpointer.has_checkpoint():
+        logger.warning("--resume: no checkpoint in %s, so training starts at iteration 0", cfg.OUTPUT_DIR)
+    trainer.resume_or_load(resume=args.resume)
+    start_files()
+    trainer.train()
+    return {}
+
+
+def _evaluate(cfg: CfgNode, args: argparse.Namespace, start_files: Callable[[], None]) -> dict[str, Any]:
     model = Trainer.build_model(cfg)
     checkpointer = RevCheckpointer(
         model, cfg.OUTPUT_DIR, strict_weights=cfg.MODEL.REV.STRICT_WEIGHTS, evaluation=True
     )
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    start_files()
     results = Trainer.test_with_augmentation(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

@@ -16,20 +16,20 @@ from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from ..checkpoint import RevCheckpointer
 from ..data import RevCOCOEvaluator, RevDatasetMapper, TrainLoader, build_train_loader
-from ..files import write_json
+from ..files import UnwritableError, write_json
 from .amp import Precision
 from .checkpoints import Checkpoints, Evaluation, unwritable
 from .evaluation import evaluate_with_augmentation, evaluating
 from .hooks import Curves, PeakMemory, Predictions, Throughput
 from .interruption import StopRequest
 from .inversion import InversionCheck
-from .metrics import end_last_line
+from .metrics import MetricsWriter
 from .optimizer import build_gradient_clipper, build_optimizer
 from .summary import Summary
 from .train_step import NonFiniteError, TrainStep
@@ -177,11 +177,14 @@ class Trainer(DefaultTrainer):
         try:
             with self.stop_request.listening() if can_stop else contextlib.nullcontext():
                 return super().train()
+        except UnwritableError as error:
+            raise unwritable(error, self.checkpointer) from error
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            # What Detectron2 and tensorboard write has no name in the error.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            path = error.filename2 or error.filename or f"a file in {self.cfg.OUTPUT_DIR}"
-            raise unwritable(path, error, self.checkpointer) from error
+            named = f"a file in {self.cfg.OUTPUT_DIR} cannot be written: {error}"
+            raise unwritable(OSError(named), self.checkpointer) from error
 
     def after_train(self) -> None:
         # Of a run that is resumed at its end, Detectron2 counts an iteration more than there were.
@@ -220,9 +223,10 @@ class Trainer(DefaultTrainer):
         ]
 
     def build_writers(self) -> list[EventWriter]:
-        """Detectron2's: the progress line, ``metrics.json`` and tensorboard."""
-        end_last_line(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
-        return super().build_writers()
+        """As Detectron2: the progress line, ``metrics.json`` and tensorboard, none of which writes yet."""
+        folder = self.cfg.OUTPUT_DIR
+        metrics = MetricsWriter(os.path.join(folder, "metrics.json"))
+        return [CommonMetricPrinter(self.max_iter), metrics, TensorboardXWriter(folder)]
 
     def _evaluate_for_hook(self) -> dict[str, Any]:
         # DefaultTrainer compares these with TEST.EXPECTED_RESULTS after training.
@@ -238,9 +242,8 @@ class Trainer(DefaultTrainer):
             if comm.is_main_process():
                 write_json(report, error.report)
             self.checkpointer.save("model_last_good", iteration=self.iter)
-        # torch raises RuntimeError where its own code writes.
-        except (OSError, RuntimeError) as problem:
-            return str(unwritable("the state before it", problem, self.checkpointer))
+        except OSError as problem:
+            return f"The state before it: {unwritable(problem, self.checkpointer)}"
         finally:
             self.iter = failed
             # The first to end takes the others with it, which must not be the one that writes.
