@@ -45,6 +45,11 @@ class UnwritableError(OSError):
     """A file cannot be written; the message has its path, the reason and how much room there is."""
 
 
+def part_path(path: str) -> str:
+    """The name of a file that is not complete yet; its ending, which decides the format, is the same."""
+    return os.path.join(os.path.dirname(path), f".part-{os.path.basename(path)}")
+
+
 @contextlib.contextmanager
 def whole_file(path: str) -> Iterator[str]:
     """A file beside ``path`` to write to; it is moved there when the body has ended without an error.
@@ -55,8 +60,7 @@ def whole_file(path: str) -> Iterator[str]:
     Raises:
         UnwritableError: it cannot be written.
     """
-    # The suffix stays the last part of the name: it decides the format of pictures.
-    part = os.path.join(os.path.dirname(path), f".part-{os.path.basename(path)}")
+    part = part_path(path)
     try:
         with naming(path):
             yield part

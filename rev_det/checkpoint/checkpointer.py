@@ -142,7 +142,14 @@ class RevCheckpointer(DetectionCheckpointer):
         apply_plan(self.model, plan_load(self.model, source, name, mode))
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in rest:
-                self.checkpointables[key].load_state_dict(rest.pop(key))
+                try:
+                    self.checkpointables[key].load_state_dict(rest.pop(key))
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise ValueError(
+                        f"{name} cannot be resumed from, its state of the {key} does not fit this run: {error}. "
+                        "Give the SOLVER keys of config.yaml beside it, or start a new run in another "
+                        "OUTPUT_DIR with it as MODEL.WEIGHTS"
+                    ) from error
         return rest
 
     def _require_state(self, checkpoint: Mapping[str, Any], name: str) -> None:

@@ -48,6 +48,8 @@ _DEFINITIONS = {
         "torch.cuda.max_memory_allocated. Warm-up is what came before, to load and choose kernels."
     ),
 }
+# Of a step that is counted, some minutes' work: 249 images of 800x1344.
+_MOST_PIXELS = 2**28
 # In the order in which a command line is written down.
 _CASE_OPTIONS = ("activations", "keep_attention", "peers", "depth", "size", "batch", "dtype", "max_batch")
 _OPTIONS = (
@@ -132,6 +134,8 @@ def run(args: argparse.Namespace) -> int:
     _check(args, device, limit, measured_only=bool(preset and preset.measured_only))
     cases, left_out = without_baselines(preset.cases if preset else _cases(args))
     _check_precision(cases, device)
+    if device is None:
+        _check_countable(cases)
 
     # A file or pipe has no width of its own, and narrow tables are unreadable.
     console = Console(width=None if Console().is_terminal else 200)
@@ -170,9 +174,12 @@ def run(args: argparse.Namespace) -> int:
 
 def parse_size(text: str) -> tuple[int, int]:
     """ "800x1344" as (height, width) in pixels."""
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if match is None:
-        raise ValueError(f"--size must be HEIGHTxWIDTH in pixels, such as 800x1344; got {text!r}")
+    match = re.fullmatch(r"([1-9]\d{,4})x([1-9]\d{,4})", text)
+    if match is None or int(match[1]) * int(match[2]) > _MOST_PIXELS:
+        raise ValueError(
+            "--size must be HEIGHTxWIDTH in pixels, such as 800x1344, with at most "
+            f"{_MOST_PIXELS // 10**6} million pixels in all; got {text!r}"
+        )
     return int(match[1]), int(match[2])
 
 
@@ -217,6 +224,21 @@ def _check(
                 raise ValueError(f"{_flag(name)} must be at least 1, got {value}")
     for path, suffixes in ((args.json, ()), (args.csv, ()), (args.plot, SUFFIXES)):
         check_output(path, suffixes)
+
+
+def _check_countable(cases: Sequence[Case]) -> None:
+    """Each operation is run through, on tensors without values: that takes as long as there are parts and blocks."""
+    from ..analysis.cases import MOST_COUNTED
+
+    for case in cases:
+        height, width = case.size
+        pixels = case.batch * height * width
+        if max(case.batch, case.depth or 0) > MOST_COUNTED or pixels > _MOST_PIXELS:
+            raise ValueError(
+                f"{case.batch} images of {height}x{width}{f' at depth {case.depth}' * bool(case.depth)} would take "
+                f"very long to count: at most {MOST_COUNTED} images or blocks and {_MOST_PIXELS // 10**6} million "
+                "pixels in a step; memory grows in a straight line with images and blocks from few on"
+            )
 
 
 def _device(name: str | None) -> torch.device | None:

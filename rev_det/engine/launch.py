@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None for the program's own.
 
     Returns:
-        the exit code: 0, or 2 after a line ``error: …`` on the standard error stream.
+        the exit code: 0; 1 after an evaluation that had to leave out images; or 2 after a line ``error: …`` on
+        the standard error stream.
 
     Raises:
         SystemExit: a signal has asked the run to stop (128 + its number); ``--resume`` continues it.
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.config_file:
             args.config_file = find_config_file(args.config_file)
         cfg = load_config(args.config_file, args.opts, args.dataset, args.num_gpus, args.eval_only)
-        check_run(cfg, args)
+        left_out = check_run(cfg, args)
         # Of several processes and machines, one for all.
         first = args.machine_rank == 0 and not (under_torchrun() and int(os.environ["LOCAL_RANK"]))
         with locked(cfg.OUTPUT_DIR) if first else contextlib.nullcontext():
@@ -80,6 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failure:
         sys.stderr.write(f"error: {failure}\n")
         return _USER_ERROR_CODE
+    if args.eval_only and left_out:
+        sys.stderr.write(f"{len(left_out)} test images were left out, and count as without detections:\n")
+        sys.stderr.writelines(f"  {path}: {reason}\n" for path, reason in left_out)
+        return 1
     return 0
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from detectron2.data import build_detection_test_loader
+
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from ..checkpoint import RevCheckpointer
-from ..data import RevCOCOEvaluator, RevDatasetMapper, TrainLoader, build_train_loader
+from ..data import RevCOCOEvaluator, TrainLoader, build_test_loader, build_train_loader
 from ..files import UnwritableError, write_json
 from .amp import Precision
 from .checkpoints import Checkpoints, Evaluation, unwritable
@@ -137,6 +137,10 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         configured = self._learning_rates()
+        # Torch takes over whatever the groups hold, and fails in the first step.
+        group = state_dict["_trainer"]["optimizer"]["param_groups"][0]
+        if ("betas" in group) != ("betas" in self.optimizer.defaults):
+            raise ValueError(f"SOLVER.OPTIMIZER is {self.cfg.SOLVER.OPTIMIZER!r}, and was another")
         super().load_state_dict(state_dict)
         images = self.cfg.SOLVER.IMS_PER_BATCH
         if (before := state_dict.get("images_per_step", images)) != images:
@@ -267,7 +271,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        return build_detection_test_loader(cfg, dataset_name, mapper=RevDatasetMapper(cfg, is_train=False))
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
