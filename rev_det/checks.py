@@ -52,7 +52,7 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was too little memory: an error of Python, of torch on any device, or of a library it calls."""
+    """Whether there was too little memory: an error of Python, of torch, or of a library it calls."""
     words = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     # torch.OutOfMemoryError, by its name: this module does without torch.
     return (

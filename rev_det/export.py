@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -364,8 +365,9 @@ def _write_torch_export(source: _Source, path: Path) -> None:
     )
     shapes = {"images": {0: torch.export.Dim("batch"), 2: height, 3: width}}
     program = torch.export.export(source.module.model, (source.example,), dynamic_shapes=shapes)
-    with path.open("wb") as file:
-        torch.export.save(program, file, extra_files={DESCRIPTION: _description(source, fixed=False)})
+    buffer = io.BytesIO()  # for the same reason
+    torch.export.save(program, buffer, extra_files={DESCRIPTION: _description(source, fixed=False)})
+    path.write_bytes(buffer.getbuffer())
 
 
 def _read_torch_export(source: _Source, path: Path) -> Callable[[Tensor], _Outputs]:

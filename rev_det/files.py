@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+# A disk is full, or a quota or limit is reached; or it is broken, or no longer there or writable.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 def check_output(path: str | os.PathLike | None, suffixes: Sequence[str] = (), name: str = "") -> None:
@@ -116,10 +120,11 @@ def naming(path: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__
+        # With the name of another file, or in words, it says enough; without a name it may be of the network.
         if not isinstance(cause, OSError) or cause.errno is None:
             raise
-        if not str(cause.filename or path).endswith(os.path.basename(path)):
-            raise  # about another file, which its message names
+        if not (str(cause.filename).endswith(os.path.basename(path)) or cause.errno in DISK_ERRORS):
+            raise
         folder = os.path.dirname(path) or "."
         room = "the folder is not there"
         with contextlib.suppress(OSError):

@@ -146,9 +146,9 @@ class RevCheckpointer(DetectionCheckpointer):
                     self.checkpointables[key].load_state_dict(rest.pop(key))
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise ValueError(
-                        f"{name} cannot be resumed from, its state of the {key} does not fit this run: {error}. "
-                        "Give the SOLVER keys of config.yaml beside it, or start a new run in another "
-                        "OUTPUT_DIR with it as MODEL.WEIGHTS"
+                        f"{name} cannot be resumed from: its {key} does not fit this run: {error}. Give "
+                        "the SOLVER keys of config.yaml beside it, or start a new run in another OUTPUT_DIR "
+                        "with it as MODEL.WEIGHTS"
                     ) from error
         return rest
 

@@ -227,17 +227,18 @@ def _check(
 
 
 def _check_countable(cases: Sequence[Case]) -> None:
-    """Each operation is run through, on tensors without values: that takes as long as there are parts and blocks."""
+    """Each operation is run through, on tensors without values: more parts and blocks take longer."""
     from ..analysis.cases import MOST_COUNTED
 
     for case in cases:
         height, width = case.size
         pixels = case.batch * height * width
         if max(case.batch, case.depth or 0) > MOST_COUNTED or pixels > _MOST_PIXELS:
+            depth = f" at depth {case.depth}" if case.depth else ""
             raise ValueError(
-                f"{case.batch} images of {height}x{width}{f' at depth {case.depth}' * bool(case.depth)} would take "
-                f"very long to count: at most {MOST_COUNTED} images or blocks and {_MOST_PIXELS // 10**6} million "
-                "pixels in a step; memory grows in a straight line with images and blocks from few on"
+                f"{case.batch} images of {height}x{width}{depth} would take very long to count: a step may "
+                f"have {MOST_COUNTED} images or blocks at most, and {_MOST_PIXELS // 10**6} million pixels. "
+                "Memory grows in a straight line with either, so that two smaller numbers tell it"
             )
 
 

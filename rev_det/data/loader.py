@@ -309,7 +309,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable[list[Record]]
 
 
 def sizes_of_tests(cfg: CfgNode) -> tuple[int, int]:
-    """What images are resized to for an evaluation, with or without test-time augmentation: see `check_extent`."""
+    """What tests resize images to, with test-time augmentation or without: see `check_extent`."""
     if cfg.INPUT.MIN_SIZE_TEST or not cfg.TEST.AUG.ENABLED:
         return cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
     return min(cfg.TEST.AUG.MIN_SIZES), cfg.TEST.AUG.MAX_SIZE

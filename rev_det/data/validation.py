@@ -25,7 +25,7 @@ NUM_NAMED = 5
 # Images of each file that are decoded before a run: enough to notice a wrong folder or kind of file.
 NUM_SAMPLED = 8
 
-# Images with a longer side, in pixels, or with a larger ratio of sides, are looked at once the config is known.
+# Images with a longer side, in pixels, or a larger ratio of sides, are looked at once the config is known.
 _EXTREME_SIDE, _EXTREME_RATIO = 5000, 50
 # A polygon's points may lie this many times the image's longer side away from its corner; what they enclose
 # is drawn, and takes memory.

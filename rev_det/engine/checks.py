@@ -185,7 +185,8 @@ def check_images(cfg: CfgNode, eval_only: bool) -> None:
     for name in dict.fromkeys([*([] if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]):
         summary = registered_summary(name)
         for record in summary.sample if summary else ():
-            mapper.check_readable(record)
+            if record not in summary.extreme:  # for which there is `check_extents`
+                mapper.check_readable(record)
 
 
 def check_extents(cfg: CfgNode, eval_only: bool) -> list[tuple[str, str]]:
@@ -204,9 +205,9 @@ def check_extents(cfg: CfgNode, eval_only: bool) -> list[tuple[str, str]]:
         found = unusable_images(summary.extreme, shortest, cfg.INPUT.MAX_SIZE_TRAIN) if summary else ()
         if found:
             path, reason = found[0]
-            more = f" (and {len(found) - 1} more images)" if len(found) > 1 else ""
             raise ValueError(
-                f"dataset '{name}': {path} cannot be trained on: {reason}, or remove it from the annotations{more}"
+                f"dataset '{name}': {path} cannot be trained on: {reason}, or remove it from the annotations "
+                f"({len(found)} such image{'s' * (len(found) > 1)})"
             )
     summaries = filter(None, map(registered_summary, cfg.DATASETS.TEST))
     extreme = [record for summary in summaries for record in summary.extreme]

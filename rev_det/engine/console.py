@@ -9,6 +9,7 @@ import logging
 import logging.handlers
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,9 +68,13 @@ def run_logged(cfg: CfgNode, args: argparse.Namespace) -> Iterator[Callable[[], 
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
     if not args.eval_only:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    # What keeps tensorboard's thread from writing is raised in this one as well.
+    thread_hook = threading.excepthook
+    threading.excepthook = lambda failed: failed.exc_type is OSError or thread_hook(failed)
     try:
         yield lambda: _start_files(cfg, args, held)
     finally:
+        threading.excepthook = thread_hook
         for name in _NAMES:
             logging.getLogger(name).removeHandler(held)
 

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None for the program's own.
 
     Returns:
-        the exit code: 0; 1 after an evaluation that had to leave out images; or 2 after a line ``error: …`` on
+        the exit code: 0; 1 after an evaluation that had to leave out images; 2 after a line ``error: …`` on
         the standard error stream.
 
     Raises:

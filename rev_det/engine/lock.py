@@ -97,10 +97,10 @@ def _remove_stale(path: str, own: dict[str, Any]) -> None:
                 os.link(aside, path)
             os.unlink(aside)
         return
-    doubt = "" if alive else f". If it is not running any more, which cannot be seen from here, remove {path}"
+    doubt = "" if alive else f". If it does not run any more, which cannot be seen from here, remove {path}"
     raise ValueError(
-        f"OUTPUT_DIR {folder} is in use by {who}: two runs would overwrite each other's files. Wait for it, or "
-        f"set another OUTPUT_DIR; an evaluation beside it needs MODEL.WEIGHTS and an OUTPUT_DIR of its own{doubt}"
+        f"OUTPUT_DIR {folder} is in use by {who}: two runs would overwrite each other's files. Wait for it, "
+        "or set another OUTPUT_DIR; an evaluation beside it needs one of its own, and MODEL.WEIGHTS" + doubt
     )
 
 

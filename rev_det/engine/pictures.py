@@ -93,7 +93,7 @@ def draw_predictions(
         min_score: predictions below it are left out.
 
     Returns:
-        whether there is anything to draw: not for a model that finds no instances, such as a proposal network.
+        whether there is anything to draw: not for a model without instances, such as a proposal network.
     """
     # Annotated images first; sorting keeps the order otherwise.
     records = sorted(DatasetCatalog.get(dataset_name), key=lambda record: not record.get("annotations"))

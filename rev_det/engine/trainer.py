@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import signal
@@ -12,7 +11,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -22,7 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from ..checkpoint import RevCheckpointer
 from ..data import RevCOCOEvaluator, TrainLoader, build_test_loader, build_train_loader
-from ..files import UnwritableError, write_json
+from ..files import DISK_ERRORS, UnwritableError, write_json
 from .amp import Precision
 from .checkpoints import Checkpoints, Evaluation, unwritable
 from .evaluation import evaluate_with_augmentation, evaluating
@@ -185,7 +183,7 @@ class Trainer(DefaultTrainer):
             raise unwritable(error, self.checkpointer) from error
         except OSError as error:
             # What Detectron2 and tensorboard write has no name in the error.
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in DISK_ERRORS:
                 raise
             named = f"a file in {self.cfg.OUTPUT_DIR} cannot be written: {error}"
             raise unwritable(OSError(named), self.checkpointer) from error

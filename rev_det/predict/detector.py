@@ -19,9 +19,9 @@ from torch import nn
 from ..analysis.cases import read_config
 from ..checkpoint import RevCheckpointer
 from ..checkpoint.named import PUBLISHED
+from ..checks import is_out_of_memory
 from ..config import add_rev_det_config
 from ..config_files import find_config_file
-from ..checks import is_out_of_memory
 from ..data.images import check_extent
 from ..engine import Precision
 from .classes import Classes, classes_from_json, classes_of_config, files_of_config, training_folder

@@ -183,7 +183,8 @@ class _VideoFile:
             found = int(cv2.VideoCapture(part).get(cv2.CAP_PROP_FRAME_COUNT))
             if found != self._frames:
                 raise OSError(
-                    f"{self.path} cannot be written: {found} of {self._frames} frames are in it; is the disk full?"
+                    f"{self.path} cannot be written: {found} of {self._frames} frames are there; is the disk "
+                    "full?"
                 )
 
 

@@ -28,7 +28,7 @@ _SUMMARY = {
     "seconds_since_start_or_resume": _NUMBER,
     "versions": {...: str},
     "datasets": {...: [str]},
-    "best": {"iteration": int, "value": int | float},
+    "best": ({"iteration": int, "value": int | float}, type(None)),
 }
 _RESULTS = {"metrics": {...: {...: _NUMBER}}, "per_class": {...: {...: _NUMBER}}}
 # One metric of an evaluation: the data set, if there are several; the task; what was measured.
@@ -219,12 +219,13 @@ def _read_json(path: Path, form: Any) -> dict[str, Any] | None:
 
 
 def _has_form(value: Any, form: Any) -> bool:
-    """Whether JSON is of a type; or a list of such; or null or an object whose known keys, or all (``...``), are."""
+    """Whether JSON is of a type, or one of several; a list of such; an object whose (known) keys are."""
     if isinstance(form, list):
         return isinstance(value, list) and all(_has_form(item, form[0]) for item in value)
     if isinstance(form, dict):
-        return value is None or (
-            isinstance(value, dict)
-            and all(_has_form(item, form.get(key, form.get(..., object))) for key, item in value.items())
+        return isinstance(value, dict) and all(
+            _has_form(item, form.get(key, form.get(..., object))) for key, item in value.items()
         )
+    if isinstance(form, tuple):
+        return any(_has_form(value, one) for one in form)
     return isinstance(value, form)
