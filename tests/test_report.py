@@ -304,7 +304,7 @@ def test_the_same_run_gives_the_same_page_and_leaves_itself_out(complete):
 @pytest.mark.parametrize("content", ['{"iterations": ', "[]"])
 def test_a_damaged_file_is_named(complete, name, content):
     save(complete / name, content)
-    with pytest.raises(ValueError, match=f"{name.split('/')[-1]} is damaged.*remove it"):
+    with pytest.raises(ValueError, match=f"{name}.*damaged.*remove it"):
         write_report(complete)
     assert not (complete / "report.html").exists()
 

@@ -54,7 +54,7 @@ def check_extent(height: int, width: int, shortest: int = 0, longest: int = 0) -
         resized = T.ResizeShortestEdge.get_output_shape(height, width, shortest, longest)
         if min(resized) < 1:
             raise ValueError(
-                f"{size}: reduced to {longest}, nothing is left of its shorter side; cut it into tiles"
+                f"{size}; reduced to {longest}, nothing is left of its shorter side; cut it into tiles"
             )
 
 

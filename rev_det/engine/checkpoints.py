@@ -49,7 +49,6 @@ class Checkpoints(HookBase):
         trainer = self.trainer
         if not comm.is_main_process():
             return
-        os.makedirs(self._folder, exist_ok=True)
         # A process that was killed while it wrote leaves this behind.
         for path in glob.glob(os.path.join(glob.escape(self._folder), ".part-*")):
             os.unlink(path)

@@ -176,6 +176,7 @@ class Trainer(DefaultTrainer):
         """
         # Hooks of a subclass may be others: who cannot stop in order must not be deaf to being stopped.
         can_stop = any(isinstance(hook, Checkpoints) for hook in self._hooks)
+        os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
         try:
             with self.stop_request.listening() if can_stop else contextlib.nullcontext():
                 return super().train()

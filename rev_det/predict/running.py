@@ -89,9 +89,10 @@ def highest_score(detector: Detector, sources: Sequence[Source], count: int) -> 
             break
         try:
             frame = next(read_frames(source), None)
+            if frame is None:
+                continue
+            detector.check(frame.image)
         except (ValueError, OSError):
-            continue
-        if frame is None:
             continue
         looked_at += 1
         score = detector.highest_score([frame.image])

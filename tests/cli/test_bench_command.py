@@ -136,7 +136,7 @@ def test_any_detectron2_config_is_counted(tmp_path):
         (["--opts", "MODEL.MASK_ON", "False"], "--opts needs a --config-file"),
         (["--config-file", "missing.yaml"], "missing.yaml does not exist"),
         (["--json", "missing/a.json"], "the folder missing does not exist"),
-        (["--csv", "../"], "'../' cannot be written: it is a folder"),
+        (["--csv", "../"], "../ cannot be written: it is a folder"),
         (["--plot", "a.xyz"], "a.xyz cannot be written: its name must end with .png or .pdf or .svg"),
         (["--memory-limit", "1GB"], "--memory-limit changes nothing here: give --max-batch"),
         (["--config-file", NANO, "--opts", "MODEL.META_ARCHITECTURE", "Other"], "the config cannot be built"),

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from rev_det.data import validation
+from rev_det import files
 from rev_det.data.validation import check_coco_json
 
 RLE = {"size": [40, 60], "counts": [100, 200, 2100]}
@@ -59,7 +59,7 @@ def test_unreadable_file_is_named(content, write, images, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     # Not by file permissions: root may read everything.
-    monkeypatch.setattr(validation, "open", refuse, raising=False)
+    monkeypatch.setattr(files, "open", refuse, raising=False)
     with pytest.raises(ValueError, match=r"annotations\.json cannot be read: Permission denied"):
         check(write(content), images)
 
