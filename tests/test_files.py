@@ -1,6 +1,5 @@
 """Files are written whole or not at all, errors name them, and JSON is read with suspicion."""
 
-import resource
 from pathlib import Path
 
 import pytest
@@ -8,21 +7,13 @@ import pytest
 from rev_det.files import check_output, naming, read_json, whole_file, write_json, write_text, write_whole
 
 
-@pytest.fixture
-def full_disk():
-    """No file may grow beyond 4 KiB."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("write", [write_text, lambda path, text: write_json(path, {"a": text})])
 def test_what_does_not_fit_leaves_the_file_as_it_was_and_is_named(tmp_path, full_disk, write):
     path = tmp_path / "a.json"
     write(str(path), "before")
     content = path.read_text()
-    with pytest.raises(OSError, match=rf"{path} cannot be written: File too large; \d+ MiB are free in"):
+    words = rf"{path} cannot be written: File too large; \d+ MiB are free in"
+    with full_disk(4096), pytest.raises(OSError, match=words):
         write(str(path), "x" * 5000)
     assert path.read_text() == content
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

@@ -180,7 +180,7 @@ class _VideoFile:
         with whole_file(str(self.path)) as part:
             self._writer.release()
             # OpenCV does not say that it could not write.
-            found = int(cv2.VideoCapture(part).get(cv2.CAP_PROP_FRAME_COUNT))
+            found = max(0, int(cv2.VideoCapture(part).get(cv2.CAP_PROP_FRAME_COUNT)))
             if found != self._frames:
                 raise OSError(
                     f"{self.path} cannot be written: {found} of {self._frames} frames are there; is the disk "

@@ -120,6 +120,13 @@ def test_any_detectron2_config_is_counted(tmp_path):
     [
         (["--size", "800"], "--size must be HEIGHTxWIDTH in pixels, such as 800x1344; got '800'"),
         (["--size", "0x32"], "--size must be HEIGHTxWIDTH"),
+        (["--size", "99999x99999"], "--size 99999x99999 has more than 268 million pixels"),
+        (["--batch", "1000000", "--size", "64x64"], "1000000 images of 64x64 would take very long to count"),
+        (["--batch", "1000"], "1000 images of 800x1344 would take very long to count"),
+        (
+            ["--depth", "1000000", "--size", "64x64"],
+            "2 images of 64x64 at depth 1000000 would take very long",
+        ),
         (["--activations", "stored"], "--activations must be some of"),
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--depth", "0"], "--depth must be at least 1, got 0"),
