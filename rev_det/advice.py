@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import warnings
 
+from PIL import Image
+
 
 def hide_advice() -> None:
     """Leave out of a command's output that Detectron2 uses what newer versions of torch advise against.
@@ -13,6 +15,8 @@ def hide_advice() -> None:
     """
     for message in ("`torch.jit.script", "torch.meshgrid", "The given NumPy array is not writable"):
         warnings.filterwarnings("ignore", message)
+    # Such images are an error here.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     logging.getLogger("torch.fx._symbolic_trace").addFilter(_is_for_users)
 
 

@@ -49,3 +49,14 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
     """
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory: an error of Python, of torch, or of a library it calls."""
+    words = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    # torch.OutOfMemoryError, by its name: this module does without torch.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import __version__
-from .checks import check_choice, check_pair
+from .checks import check_choice, check_pair, is_out_of_memory
+from .data.images import check_extent
+from .files import check_output, whole_file
 from .modeling import backbone as plain_backbone
 
 # By format, how the names of its files end.
@@ -123,6 +126,7 @@ def export(
 
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
+        OSError: the file cannot be written.
         ImportError: ONNX without onnx and onnxruntime.
         ValueError: an argument is not allowed, the combination does not work, or the file computes something
             else.
@@ -133,24 +137,27 @@ def export(
         raise ValueError("--size is missing: there is no image to take it from")
     size = tuple(image.shape[-2:]) if size is None else tuple(size)
     check_pair("--size", size, minimum=32)
-    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
     try:
-        with torch.no_grad(), _frozen(model), _any_size(), _quiet():
-            source = _detector(model, size, image) if part == "detector" else _backbone(model, size, format)
+        check_extent(*size)
+    except ValueError as error:
+        raise ValueError(f"--size {size[0]} {size[1]} is no image to export with: {error}") from error
+    with torch.no_grad(), _frozen(model), _any_size(), _quiet():
+        source = _detector(model, size, image) if part == "detector" else _backbone(model, size, format)
+        with whole_file(str(path)) as unfinished:
+            unfinished = Path(unfinished)
             try:
                 _WRITERS[format](source, unfinished)
                 load = _READERS[format](source, unfinished)
             # The exporters raise exceptions of many kinds.
             except Exception as error:
+                full = isinstance(error, RuntimeError) and isinstance(error.__context__, OSError)
+                if full or isinstance(error, OSError) or is_out_of_memory(error):
+                    raise
                 reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 raise ValueError(f"--format {format} --part {part} fails: {reason}; {_WORKS}") from error
             fixed = (format, part) == ("onnx", "detector")
             inputs = [source.example] if fixed else [source.example, source.other]
-            comparisons = [_compare(source, load, x) for x in inputs]
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return comparisons
+            return [_compare(source, load, x) for x in inputs]
 
 
 def check_target(path: str | os.PathLike, format: str, part: str) -> None:
@@ -166,13 +173,7 @@ def check_target(path: str | os.PathLike, format: str, part: str) -> None:
             "--format torch-export --part detector: how Detectron2 pads images and how many proposals "
             f"it has depends on the data, which torch.export does not take; {_WORKS}"
         )
-    path = Path(path)
-    if path.suffix not in FORMATS[format]:
-        raise ValueError(
-            f"--output {path} must end with {' or '.join(FORMATS[format])} for --format {format}"
-        )
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--output {path}: the folder {path.parent} does not exist")
+    check_output(path, FORMATS[format], f"--format {format} --output")
     missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
     if format == "onnx" and missing:
         raise ImportError(
@@ -300,7 +301,9 @@ def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
 def _write_torchscript(source: _Source, path: Path) -> None:
     # The trace is compared below, on other inputs too.
     traced = torch.jit.trace(source.module, source.example, check_trace=False)
-    torch.jit.save(traced, str(path), _extra_files={DESCRIPTION: _description(source, fixed=False)})
+    # By its own hand torch would end the program where the disk is full.
+    with path.open("wb") as file:
+        torch.jit.save(traced, file, _extra_files={DESCRIPTION: _description(source, fixed=False)})
 
 
 def _read_torchscript(source: _Source, path: Path) -> Callable[[Tensor], _Outputs]:
@@ -362,7 +365,9 @@ def _write_torch_export(source: _Source, path: Path) -> None:
     )
     shapes = {"images": {0: torch.export.Dim("batch"), 2: height, 3: width}}
     program = torch.export.export(source.module.model, (source.example,), dynamic_shapes=shapes)
-    torch.export.save(program, str(path), extra_files={DESCRIPTION: _description(source, fixed=False)})
+    buffer = io.BytesIO()  # for the same reason
+    torch.export.save(program, buffer, extra_files={DESCRIPTION: _description(source, fixed=False)})
+    path.write_bytes(buffer.getbuffer())
 
 
 def _read_torch_export(source: _Source, path: Path) -> Callable[[Tensor], _Outputs]:

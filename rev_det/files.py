@@ -1,19 +1,27 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and JSON that is read without trusting it."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
-from collections.abc import Callable, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+# A disk is full, or a quota or limit is reached; or it is broken, or no longer there or writable.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 
-def check_output(path: str | None, suffixes: Sequence[str] = ()) -> None:
+
+def check_output(path: str | os.PathLike | None, suffixes: Sequence[str] = (), name: str = "") -> None:
     """Find before the work what would stop `write_whole` after it.
 
     Args:
         path: of a file to be written; None is none.
         suffixes: those that its name may end with, if not any.
+        name: what messages put before the path, such as an option.
 
     Raises:
         FileNotFoundError: the folder of the path does not exist.
@@ -21,15 +29,49 @@ def check_output(path: str | None, suffixes: Sequence[str] = ()) -> None:
     """
     if path is None:
         return
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{path} cannot be written: the folder {folder} does not exist")
-    if os.path.isdir(path) or not os.path.basename(path):
-        raise ValueError(f"{path!r} cannot be written: it is a folder; give the name of a file")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{path} cannot be written: there is no permission to write to the folder {folder}")
+    path = os.fspath(path)
+    folder, what = os.path.dirname(path) or ".", f"{name} {path}".lstrip()
     if suffixes and not path.lower().endswith(tuple(suffixes)):
-        raise ValueError(f"{path} cannot be written: its name must end with {' or '.join(suffixes)}")
+        raise ValueError(f"{what} cannot be written: its name must end with {' or '.join(suffixes)}")
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{what} cannot be written: the folder {folder} does not exist")
+    if os.path.isdir(path) or not os.path.basename(path):
+        raise ValueError(f"{what} cannot be written: it is a folder; give the name of a file")
+    try:
+        # What the permissions say is not all: the file system may be read-only, or none for files.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{what} cannot be written to the folder {folder}: {error.strerror}") from error
+
+
+class UnwritableError(OSError):
+    """A file cannot be written; the message has its path, the reason and how much room there is."""
+
+
+def part_path(path: str) -> str:
+    """The name of a file that is not complete yet; its ending, which decides the format, is the same."""
+    return os.path.join(os.path.dirname(path), f".part-{os.path.basename(path)}")
+
+
+@contextlib.contextmanager
+def whole_file(path: str) -> Iterator[str]:
+    """A file beside ``path`` to write to; it is moved there when the body has ended without an error.
+
+    Yields:
+        the name of the file to write.
+
+    Raises:
+        UnwritableError: it cannot be written.
+    """
+    part = part_path(path)
+    try:
+        with naming(path):
+            yield part
+            os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(part)
 
 
 def write_whole(path: str, write: Callable[[str], Any]) -> None:
@@ -39,28 +81,71 @@ def write_whole(path: str, write: Callable[[str], Any]) -> None:
         write: writes the file whose name it is given.
 
     Raises:
-        FileNotFoundError, ValueError: see `check_output`.
+        UnwritableError: it cannot be written.
     """
-    check_output(path)
-    # The suffix stays the last part of the name: it decides the format of pictures.
-    part = os.path.join(os.path.dirname(path), f".part-{os.path.basename(path)}")
-    try:
+    with whole_file(path) as part:
         write(part)
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+
+
+def write_text(path: str, text: str) -> None:
+    """Write text as `write_whole` does, and see that it is on the disk.
+
+    Raises:
+        UnwritableError: it cannot be written.
+    """
+    with whole_file(path) as part, open(part, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: str, content: Any, indent: int | None = 1) -> None:
     """Write JSON as `write_whole` does.
 
     Raises:
-        FileNotFoundError, ValueError: see `check_output`; or a number is infinite or NaN, which JSON has not.
+        UnwritableError: it cannot be written.
+        ValueError: a number is infinite or NaN, which JSON has not.
     """
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False))
 
-    def write(part: str) -> None:
-        with open(part, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=indent, ensure_ascii=False, allow_nan=False)
 
-    write_whole(path, write)
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """What keeps a file from being written, as an error that names it.
+
+    Raises:
+        UnwritableError: instead of another OSError, or of the RuntimeError that torch makes of one.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        # With the name of another file, or in words, it says enough; without a name it may be of the network.
+        if not isinstance(cause, OSError) or cause.errno is None:
+            raise
+        if not (str(cause.filename).endswith(os.path.basename(path)) or cause.errno in DISK_ERRORS):
+            raise
+        folder = os.path.dirname(path) or "."
+        room = "the folder is not there"
+        with contextlib.suppress(OSError):
+            room = f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB are free in {folder}"
+        raise UnwritableError(f"{path} cannot be written: {cause.strerror}; {room}") from error
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is not JSON, which the message says after the path.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except json.JSONDecodeError as error:
+        problem = f"{error.msg} in line {error.lineno}, column {error.colno}; is the file complete?"
+        raise ValueError(f"{path} is not valid JSON: {problem}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file in UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or of brackets
+        raise ValueError(f"{path} is not JSON that can be read: {error}") from error

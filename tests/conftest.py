@@ -1,6 +1,8 @@
 """Shared fixtures: the gpu marker, the reference data beside the checkout, loggers as they were."""
 
+import contextlib
 import logging
+import resource
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,22 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no folder ../shared with reference data")
     return SHARED
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file can grow beyond some bytes; Python gets an error, as from a full disk."""
+
+    @contextlib.contextmanager
+    def limited(nbytes: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture(autouse=True)

@@ -384,3 +384,37 @@ def test_commands_and_examples_of_the_page_run(tmp_path, monkeypatch):
     assert len(examples) == 3
     for example in examples:
         exec(compile(example, "example", "exec"), {})
+
+
+@pytest.mark.parametrize(
+    "format, part",
+    [
+        ("torchscript", "detector"),
+        pytest.param("onnx", "detector", marks=needs_onnx),
+        ("torch-export", "backbone"),
+    ],
+)
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, full_disk, format, part):
+    path = tmp_path / f"a{SUFFIX[format]}"
+    model = build_model(nano_config())
+    with (
+        full_disk(100_000),
+        pytest.raises(OSError, match=rf"{path} cannot be written: File too large; .* free"),
+    ):
+        export(model, path, format, part, size=(96, 96))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_without_files_is_not_blamed_on_the_format(tmp_path, monkeypatch):
+    def refuse(dir):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(ValueError, match=r"--output .*a\.ts cannot be written to the folder .*: Read-only"):
+        check_target(tmp_path / "a.ts", "torchscript", "detector")
+
+
+def test_a_size_beyond_all_images_is_refused_before_memory_is_asked_for(tmp_path):
+    model = build_model(nano_config())
+    with pytest.raises(ValueError, match="--size 100000 100000 is no image .* more than 89 million pixels"):
+        export(model, tmp_path / "a.ts", "torchscript", size=(100_000, 100_000))

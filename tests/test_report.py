@@ -1,11 +1,13 @@
 """The page of a training run: what it shows of complete and broken runs, and that it needs nothing else."""
 
 import base64
+import functools
 import json
 import re
 from html.parser import HTMLParser
 
 import pytest
+import yaml
 from detectron2.config import get_cfg
 from PIL import Image
 
@@ -304,7 +306,7 @@ def test_the_same_run_gives_the_same_page_and_leaves_itself_out(complete):
 @pytest.mark.parametrize("content", ['{"iterations": ', "[]"])
 def test_a_damaged_file_is_named(complete, name, content):
     save(complete / name, content)
-    with pytest.raises(ValueError, match=f"{name.split('/')[-1]} is damaged.*remove it"):
+    with pytest.raises(ValueError, match=f"{name}.*damaged.*remove it"):
         write_report(complete)
     assert not (complete / "report.html").exists()
 
@@ -330,3 +332,63 @@ def test_the_page_can_be_written_elsewhere(killed, tmp_path):
         write_report(killed, killed / "config.yaml")
     with pytest.raises(FileNotFoundError, match="the folder .*gone does not exist"):
         write_report(killed, tmp_path / "gone" / "page.html")
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        *(("inference/things/results.json", text) for text in (
+            '{"metrics": 5}', '{"metrics": {"bbox": null}}', '{"metrics": {"bbox": {"AP": "x"}}}',
+            '{"per_class": [1]}', '{"per_class": {"a": 5}}', "[" * 100_000,
+        )),
+        *(("summary.json", json.dumps(content)) for content in (
+            {"peak_memory_mib_by_process": 5}, {"peak_memory_mib_by_process": ["a"]}, {"versions": None},
+            {"datasets": {"train": 5}}, {"best": 5}, {"seconds_since_start_or_resume": "x"},
+        )),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_form_is_named(complete, name, content):
+    save(complete / name, content)
+    with pytest.raises(ValueError, match=f"{name} is not .*it is damaged; remove it to make a report"):
+        write_report(complete)
+    (complete / name).unlink()
+    write_report(complete)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("SOLVER.MAX_ITER", "x"),
+        ("TEST", 5),
+        ("DATASETS.TEST", 7),
+        ("MODEL.BACKBONE.NAME", 5),
+        ("MODEL.REV", [1]),
+    ],
+)
+def test_a_config_with_a_value_of_another_type_is_named_with_its_key(killed, key, value):
+    config = yaml.safe_load((killed / "config.yaml").read_text())
+    *parents, last = key.split(".")
+    functools.reduce(dict.__getitem__, parents, config)[last] = value
+    save(killed / "config.yaml", yaml.safe_dump(config))
+    with pytest.raises(ValueError, match=f"config.yaml is not the config .* for config key: {key}"):
+        Run.read(killed)
+
+
+def test_keys_of_other_projects_and_of_none_do_no_harm(killed):
+    config = yaml.safe_load((killed / "config.yaml").read_text())
+    config |= {"OWN": {"KEY": [1, {"A": 2}]}, "TEST": None, 5: 6}
+    save(killed / "config.yaml", yaml.safe_dump(config))
+    assert "OWN.KEY" in page_of(killed).words
+
+
+def test_a_picture_that_claims_to_be_gigantic_is_left_out(complete, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    page = page_of(complete)
+    assert not page.all("img") and "cannot be read" in page.words
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(killed, full_disk):
+    before = sorted(killed.iterdir())
+    with full_disk(1000), pytest.raises(OSError, match=r"report\.html cannot be written: File too large"):
+        write_report(killed)
+    assert sorted(killed.iterdir()) == before

@@ -26,7 +26,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": None}
 # Tensors alive at the peak that a report lists.
 _LISTED = 12
 # Images in a step; more take too long to count where they are computed in many parts.
-_MOST_COUNTED = 1024
+MOST_COUNTED = 1024
 # What Detectron2's own models are called in a config.
 _BASELINES = {"rev_vit": "build_baseline_vit_fpn_backbone", "rev_mvit": "build_baseline_mvit_fpn_backbone"}
 
@@ -210,9 +210,9 @@ class Counting:
         # The peak can move to another operation at larger batches: twice more from there.
         for _ in range(2):
             if guess > 8:
-                high = min(guess, _MOST_COUNTED)
+                high = min(guess, MOST_COUNTED)
                 guess = extended(high // 2, high)
-        if guess > _MOST_COUNTED:
+        if guess > MOST_COUNTED:
             return guess
         return largest_batch(lambda batch: total(batch) <= limit, guess)
 

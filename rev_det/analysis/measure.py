@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from ..checks import is_out_of_memory
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 LARGEST_BATCH_TRIED = 2**16
@@ -151,7 +153,7 @@ def unless_out_of_memory(attempt: Callable[[], T], what: str) -> T | None:
     try:
         return attempt()
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         # The frames of the traceback hold on to everything that was alive.
         cause: BaseException | None = error
@@ -220,14 +222,6 @@ def largest_batch(fits: Callable[[int], bool], guess: int = 1) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the device's memory did not suffice: torch's own error, or that of a library it calls."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        words in text for words in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    )
 
 
 def _free_cached_memory() -> None:

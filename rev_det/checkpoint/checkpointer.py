@@ -11,6 +11,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from ..files import whole_file, write_text
 from .files import is_whole, join_digest, local_file, read_checkpoint, split_digest, unsafe_globals
 from .layouts import backbone_prefix, convert, holds_reversible_backbone
 from .loading import apply_plan, read_source
@@ -166,7 +167,7 @@ class RevCheckpointer(DetectionCheckpointer):
         Raises:
             ValueError: there is something else than tensors and plain values to be kept, which could not be
                 loaded.
-            OSError, RuntimeError: the file cannot be written; earlier checkpoints are untouched.
+            UnwritableError: the file cannot be written; earlier checkpoints are untouched.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -177,30 +178,20 @@ class RevCheckpointer(DetectionCheckpointer):
             data["made_by"] = self.origin
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        temporary = f"{path}.tmp"
-        try:
-            with open(temporary, "wb") as f:
+        with whole_file(path) as part:
+            with open(part, "wb") as f:
                 torch.save(data, f)
                 f.flush()
                 os.fsync(f.fileno())
-            if unsafe := unsafe_globals(temporary):
+            if unsafe := unsafe_globals(part):
                 raise ValueError(
                     f"{path} was not written: it would hold {', '.join(unsafe)}, and could not be loaded. "
                     "State that is kept must be tensors, numbers, strings, lists, tuples and dictionaries"
                 )
-            os.replace(temporary, path)
-        finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
         self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        path = os.path.join(self.save_dir, _LAST)
-        with open(f"{path}.tmp", "w") as f:
-            f.write(last_filename_basename)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(f"{path}.tmp", path)
+        write_text(os.path.join(self.save_dir, _LAST), last_filename_basename)
 
     def _load(self, path: str, checkpointables: list[str] | None, mode: LoadMode) -> dict[str, Any]:
         if not path:
@@ -222,7 +213,14 @@ class RevCheckpointer(DetectionCheckpointer):
         apply_plan(self.model, plan_load(self.model, source, name, mode))
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in rest:
-                self.checkpointables[key].load_state_dict(rest.pop(key))
+                try:
+                    self.checkpointables[key].load_state_dict(rest.pop(key))
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise ValueError(
+                        f"{name} cannot be resumed from: its {key} does not fit this run: {error}. Give "
+                        "the SOLVER keys of config.yaml beside it, or start a new run in another OUTPUT_DIR "
+                        "with it as MODEL.WEIGHTS"
+                    ) from error
         return rest
 
     def _require_state(self, checkpoint: Mapping[str, Any], name: str) -> None:

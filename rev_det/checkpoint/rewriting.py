@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..files import check_output, whole_file
 from .inspection import inspect_weights
 from .layouts import Converted, convert, is_mvit
 from .loading import read_source
@@ -69,12 +70,8 @@ def rewrite_weights(
     """
     path = os.fspath(path)
     ending = os.path.splitext(path)[1]
-    if ending not in _ENDINGS:
-        raise ValueError(f"the new file's name must end in {' or '.join(_ENDINGS)}, got {path}")
-    folder = os.path.dirname(path)
-    if folder and not os.path.isdir(folder):
-        raise FileNotFoundError(f"there is no folder {folder} to write {os.path.basename(path)} to")
-    if os.path.isdir(path) or (os.path.exists(path) and not overwrite):
+    check_output(path, _ENDINGS)
+    if os.path.exists(path) and not overwrite:
         raise ValueError(f"{path} is there already; name another file, or overwrite it with --force")
     summary = inspect_weights(source)
     if summary.problems:
@@ -111,15 +108,10 @@ def _write(tensors: dict[str, Any], path: str, ending: str) -> None:
         key: torch.as_tensor(value).clone(memory_format=torch.contiguous_format)
         for key, value in tensors.items()
     }
-    temporary = f"{path}.tmp"
-    try:
+    with whole_file(path) as part, open(part, "wb") as file:
         if ending == ".pth":
-            torch.save({"model": own}, temporary)
+            torch.save({"model": own}, file)
         else:
-            safetensors.torch.save_file(own, temporary, metadata={"format": "pt"})
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+            file.write(safetensors.torch.save(own, metadata={"format": "pt"}))
+        file.flush()
+        os.fsync(file.fileno())

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from .. import __version__, modeling
 from ..advice import hide_advice
+from ..checks import is_out_of_memory
 
 # Each module has SUMMARY (one line of help), add_arguments(parser) and run(args) -> exit code. What they need
 # they import in `run`: `rev-det --help` is quick, and `rev-det doctor` works where something is missing.
@@ -27,7 +28,8 @@ COMMANDS: tuple[str, ...] = (
     "analyze",
 )
 _USER_ERROR_CODE = 2
-_INTERRUPTED_CODE = 130  # as shells have it: 128 and the number of the signal
+# As shells have it: 128 and the number of the signal.
+_INTERRUPTED_CODE, _BROKEN_PIPE_CODE = 130, 141
 # Read when torch is imported: threads that wait for work shall sleep, as train_net.py explains.
 _WAIT_POLICY = "OMP_WAIT_POLICY"
 
@@ -63,14 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     hide_advice()
     try:
-        return modules[args.command].run(args)
+        code = modules[args.command].run(args)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted\n")
         return _INTERRUPTED_CODE
+    except BrokenPipeError:
+        # Who reads has read enough, as `head` does; what is left would fail again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE_CODE
     except (ValueError, OSError) as error:
         message = str(error)
-    except Exception:
+    except Exception as error:
         message = _obstacle(args.command)
+        if not message and is_out_of_memory(error):
+            message = f"the memory of this machine does not suffice: {str(error) or 'out of memory'}"
         if not message:
             raise
     sys.stderr.write(f"error: {' '.join(message.split())}\n")

@@ -49,6 +49,8 @@ _DEFINITIONS = {
         "torch.cuda.max_memory_allocated. Warm-up is what came before, to load and choose kernels."
     ),
 }
+# Of a step that is counted, some minutes' work: 249 images of 800x1344.
+_MOST_PIXELS = 2**28
 # In the order in which a command line is written down.
 _CASE_OPTIONS = ("activations", "keep_attention", "peers", "depth", "size", "batch", "dtype", "max_batch")
 _OPTIONS = (
@@ -138,6 +140,8 @@ def run(args: argparse.Namespace) -> int:
     _check(args, device, limit, measured_only=bool(preset and preset.measured_only))
     cases, left_out = without_baselines(preset.cases if preset else _cases(args))
     _check_precision(cases, device)
+    if device is None:
+        _check_countable(cases)
 
     # A file or pipe has no width of its own, and narrow tables are unreadable.
     console = Console(width=None if Console().is_terminal else 200)
@@ -179,7 +183,10 @@ def parse_size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if match is None:
         raise ValueError(f"--size must be HEIGHTxWIDTH in pixels, such as 800x1344; got {text!r}")
-    return int(match[1]), int(match[2])
+    height, width = int(match[1]), int(match[2])
+    if height * width > _MOST_PIXELS:
+        raise ValueError(f"--size {text} has more than {_MOST_PIXELS // 10**6} million pixels")
+    return height, width
 
 
 def parse_memory(text: str) -> int:
@@ -225,6 +232,22 @@ def _check(
                 raise ValueError(f"{_flag(name)} must be at least 1, got {value}")
     for path, suffixes in ((args.json, ()), (args.csv, ()), (args.plot, SUFFIXES)):
         check_output(path, suffixes)
+
+
+def _check_countable(cases: Sequence[Case]) -> None:
+    """Each operation is run through, on tensors without values: more parts and blocks take longer."""
+    from ..analysis.cases import MOST_COUNTED
+
+    for case in cases:
+        height, width = case.size
+        pixels = case.batch * height * width
+        if max(case.batch, case.depth or 0) > MOST_COUNTED or pixels > _MOST_PIXELS:
+            depth = f" at depth {case.depth}" if case.depth else ""
+            raise ValueError(
+                f"{case.batch} images of {height}x{width}{depth} would take very long to count: a step may "
+                f"have {MOST_COUNTED} images or blocks at most, and {_MOST_PIXELS // 10**6} million pixels. "
+                "Memory grows in a straight line with either, so that two smaller numbers tell it"
+            )
 
 
 def _device(name: str | None) -> torch.device | None:

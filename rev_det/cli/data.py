@@ -89,21 +89,17 @@ def _check(args: argparse.Namespace) -> int:
 def _view(args: argparse.Namespace) -> int:
     from ..data import parse_dataset_argument, register_coco_json
     from ..data.view import draw_annotations
-    from ..files import check_output, write_whole
+    from ..files import check_output, whole_file
+    from .predict import report_failures
 
     name, json_file, image_root = parse_dataset_argument(args.set, "data set")
     path = args.output or f"{name}.png"
     check_output(path, _PICTURES)
     register_coco_json(name, json_file, image_root)
-    count = 0
-
-    def draw(part: str) -> None:
-        nonlocal count
-        count = draw_annotations(name, part, args.num, args.seed, args.classes)
-
-    write_whole(path, draw)
+    with whole_file(path) as part:
+        count, failures = draw_annotations(name, part, args.num, args.seed, args.classes)
     print(f"{_counted(count, 'image')} of '{name}' drawn in {path}")
-    return 0
+    return report_failures(failures, f"{count + len(failures)} images", "drawn")
 
 
 def _show(title: str, findings: Sequence[Finding]) -> Sequence[Finding]:

@@ -115,12 +115,19 @@ def run(args: argparse.Namespace) -> int:
     if others := writer.others():
         pictures = f"{others} picture{'s' * (others != 1)}"
         print(f"{writer.folder} also holds {pictures} that this call has not written")
+    return report_failures(failures, f"{len(sources)} files", "read")
+
+
+def report_failures(failures: Sequence[tuple[str, str]], total: str, done: str) -> int:
+    """Name the files that were left out, each with its reason, on the standard error stream.
+
+    Returns:
+        the exit code: 1 if there are some.
+    """
     if failures:
-        sys.stderr.write(f"{len(failures)} of {len(sources)} files could not be read, or not to the end:\n")
-        for path, reason in failures:
-            sys.stderr.write(f"  {path}: {reason}\n")
-        return 1
-    return 0
+        sys.stderr.write(f"{len(failures)} of {total} could not be {done}:\n")
+        sys.stderr.writelines(f"  {path}: {reason}\n" for path, reason in failures)
+    return 1 if failures else 0
 
 
 def _summary(writer: PredictionWriter) -> str:

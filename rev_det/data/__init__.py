@@ -2,7 +2,7 @@
 
 from .coco import parse_dataset_argument, register_coco_json
 from .evaluation import RevCOCOEvaluator
-from .loader import TrainLoader, build_train_loader
+from .loader import TrainLoader, build_test_loader, build_train_loader
 from .mapper import RevDatasetMapper
 from .resolve import class_names, register_datasets, resolve_mask_format, resolve_num_classes
 from .shapes import generate_shapes
@@ -11,6 +11,7 @@ __all__ = [
     "RevCOCOEvaluator",
     "RevDatasetMapper",
     "TrainLoader",
+    "build_test_loader",
     "build_train_loader",
     "class_names",
     "generate_shapes",

@@ -83,22 +83,23 @@ def crops_by_name(cfg: CfgNode) -> bool:
 
 
 def _check_sizes(cfg: CfgNode) -> None:
-    for split in ("TRAIN", "TEST"):
-        check_count(f"INPUT.MAX_SIZE_{split}", cfg.INPUT[f"MAX_SIZE_{split}"])
+    # Of a single pixel nothing is left to flip.
+    for split, minimum in (("TRAIN", 2), ("TEST", 1)):
+        check_count(f"INPUT.MAX_SIZE_{split}", cfg.INPUT[f"MAX_SIZE_{split}"], minimum)
     # For Detectron2, 0 is no resize.
     check_count("INPUT.MIN_SIZE_TEST", cfg.INPUT.MIN_SIZE_TEST, minimum=0)
     shortest, style = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
     check_choice("INPUT.MIN_SIZE_TRAIN_SAMPLING", style, ("choice", "range"))
     # Outside of config files it may also be a single number.
     sizes = [shortest] * 2 if is_whole(shortest) else shortest
-    valid = bool(sizes) and all(is_whole(size) and size >= 0 for size in sizes)
+    valid = bool(sizes) and all(is_whole(size) and size >= 0 and size != 1 for size in sizes)
     if style == "range":
         valid = valid and len(sizes) == 2 and sizes[0] <= sizes[1]
     if not valid:
         form = "two, the smallest first" if style == "range" else "at least one"
         raise ValueError(
             f"INPUT.MIN_SIZE_TRAIN is {shortest!r}; with INPUT.MIN_SIZE_TRAIN_SAMPLING {style!r} it must be "
-            f"{form}, of short sides in pixels (0 for no resize)"
+            f"{form}, of short sides of at least 2 pixels (0 for no resize)"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -14,8 +13,9 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 
+from ..files import read_json
 from .images import read_rgb
-from .validation import MIN_BOX_SIDE, NUM_NAMED, check_coco_json, is_valid_polygon
+from .validation import MIN_BOX_SIDE, NUM_NAMED, are_numbers, check_coco_json, is_valid_polygon
 
 # Training stops, or its result means nothing; training goes on, but hardly as it was meant; worth knowing.
 ERROR, WARNING, NOTE = "error", "warning", "note"
@@ -154,11 +154,7 @@ def _refusal(name: str, json_file: str, image_root: str) -> str:
 
 
 def _read(json_file: str) -> dict[str, Any]:
-    try:
-        with open(json_file, encoding="utf-8") as file:
-            content = json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{json_file} is not JSON: {error}") from error
+    content = read_json(json_file)
     if not isinstance(content, dict):
         raise ValueError(f"{json_file} holds a {type(content).__name__}, not annotations in COCO's format")
     return content
@@ -287,7 +283,7 @@ def _examine(path: str, record: dict) -> tuple[str, str]:
 
 
 def _is_box(box: list) -> bool:
-    return len(box) == 4 and all(type(x) in (int, float) and np.isfinite(x) for x in box)
+    return len(box) == 4 and are_numbers(box)
 
 
 def _mask_extent(segmentation: Any, image: dict) -> tuple[float, float, float, float] | None:

@@ -15,7 +15,7 @@ from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ..files import write_json
+from ..files import naming, write_json
 from .coco import registered_summary
 from .validation import is_valid_polygon
 
@@ -63,7 +63,9 @@ class RevCOCOEvaluator(COCOEvaluator):
         Returns:
             AP and the like from 0 to 100, by task and name; on all processes but the first, nothing.
         """
-        results = super().evaluate(img_ids)
+        # Detectron2 writes the detections there.
+        with naming(self._output_dir or ""):
+            results = super().evaluate(img_ids)
         if results and self._output_dir:
             self._write_results(results, img_ids)
         return results

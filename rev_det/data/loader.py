@@ -15,18 +15,19 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from detectron2.data import DatasetFromList, get_detection_dataset_dicts
-from detectron2.data.build import trivial_batch_collator
+from detectron2.data import DatasetFromList, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data.build import _test_loader_from_config, trivial_batch_collator
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .images import unusable_images
 from .mapper import RevDatasetMapper
 
 if TYPE_CHECKING:
@@ -281,6 +282,37 @@ def _end_with_parent() -> None:
         if received is not None and received.si_pid == parent.pid:
             break
     os._exit(0)
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable[list[Record]]:
+    """Detectron2's test loader, without the images that `unusable_images` finds; these are named.
+
+    Args:
+        cfg: a config with rev_det's keys.
+        dataset_name: a registered dataset.
+
+    Raises:
+        ValueError: no image is left.
+    """
+    arguments = _test_loader_from_config(cfg, dataset_name, RevDatasetMapper(cfg, is_train=False))
+    records = arguments["dataset"]
+    if isinstance(records, list) and (left_out := dict(unusable_images(records, *sizes_of_tests(cfg)))):
+        for path, reason in left_out.items():
+            logger.warning("%s is left out of the evaluation: %s", path, reason)
+        records = [record for record in records if record["file_name"] not in left_out]
+        if not records:
+            raise ValueError(
+                f"no image of dataset '{dataset_name}' can be evaluated, they are too large or narrow"
+            )
+        arguments |= {"dataset": records, "sampler": None}
+    return build_detection_test_loader(**arguments)
+
+
+def sizes_of_tests(cfg: CfgNode) -> tuple[int, int]:
+    """What tests resize images to, with test-time augmentation or without: see `check_extent`."""
+    if cfg.INPUT.MIN_SIZE_TEST or not cfg.TEST.AUG.ENABLED:
+        return cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    return min(cfg.TEST.AUG.MIN_SIZES), cfg.TEST.AUG.MAX_SIZE
 
 
 def _training_records(cfg: CfgNode) -> list[Record]:

@@ -12,7 +12,7 @@ from detectron2.data import transforms as T
 
 from ..checks import check_choice
 from .augmentation import build_augmentations, crops_by_name
-from .images import check_depth, read_rgb
+from .images import check_head, read_rgb
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -54,17 +54,20 @@ class RevDatasetMapper(DatasetMapper):
             see ``DatasetMapper``.
 
         Raises:
-            ValueError: the image is missing, cannot be decoded, or has more than eight bits.
+            ValueError: the image is missing, cannot be decoded, has more than eight bits, or cannot be
+                transformed.
         """
         try:
-            check_depth(dataset_dict["file_name"])
+            check_head(dataset_dict["file_name"])
             return super().__call__(dataset_dict)
         except Exception as error:
             # Decoders raise many types (OSError, SyntaxError, struct.error, …) that other code raises
             # too, so ask the image itself whether it is the cause.
-            if _is_readable(dataset_dict["file_name"]):
-                raise
-            raise _undecodable(dataset_dict, error) from error
+            if not _is_readable(dataset_dict["file_name"]):
+                raise _undecodable(dataset_dict, error) from error
+            if isinstance(error, ValueError) and dataset_dict["file_name"] not in str(error):
+                raise ValueError(f"image {dataset_dict['file_name']} cannot be used: {error}") from error
+            raise
 
     def check_readable(self, dataset_dict: dict[str, Any]) -> None:
         """Read an entry's image, and drop it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -12,6 +11,8 @@ from math import inf, isfinite
 from typing import Any
 
 import pycocotools.mask as mask_util
+
+from ..files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,12 @@ MIN_BOX_SIDE = 1e-5
 NUM_NAMED = 5
 # Images of each file that are decoded before a run: enough to notice a wrong folder or kind of file.
 NUM_SAMPLED = 8
+
+# Images with a longer side, in pixels, or a larger ratio of sides, are looked at once the config is known.
+_EXTREME_SIDE, _EXTREME_RATIO = 5000, 50
+# A polygon's points may lie this many times the image's longer side away from its corner; what they enclose
+# is drawn, and takes memory.
+_FARTHEST = 10
 
 # The fields everything else relies on, by the COCO section they belong to.
 _FIELDS: dict[str, dict[str, type]] = {
@@ -48,6 +55,7 @@ class CocoSummary:
         num_crowds: kept annotations that are crowd regions.
         sample: up to ``NUM_SAMPLED`` images spread over the file, as entries of Detectron2's dataset format
             that have what it takes to read them.
+        extreme: images so large or narrow that it depends on the config whether they can be used, likewise.
         dropped: ids of the annotations left out of training and evaluation because they are degenerate.
     """
 
@@ -61,6 +69,7 @@ class CocoSummary:
     num_rle: int
     num_crowds: int
     sample: tuple[dict[str, Any], ...]
+    extreme: tuple[dict[str, Any], ...]
     dropped: frozenset[int]
 
 
@@ -113,21 +122,16 @@ def check_coco_json(name: str, json_file: str, image_root: str) -> CocoSummary:
         num_rle=num_rle,
         num_crowds=sum(annotation.get("iscrowd", 0) for annotation in kept),
         sample=tuple(_readable_entry(image, image_root) for image in _spread(images)),
+        extreme=tuple(_readable_entry(image, image_root) for image in images if _is_extreme(image)),
         dropped=frozenset(dropped),
     )
 
 
 def _read_json(where: str, json_file: str) -> dict[str, Any]:
     try:
-        with open(json_file, encoding="utf-8") as file:
-            content = json.load(file)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where} is not valid JSON: {error.msg} in line {error.lineno}, column {error.colno}; "
-            "is the file complete?"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where} is not a text file in UTF-8: {error}") from error
+        content = read_json(json_file)
+    except ValueError as error:
+        raise ValueError(f"{where.removesuffix(json_file)}{error}") from error
     except OSError as error:
         raise ValueError(f"{where} cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
@@ -220,6 +224,11 @@ def _spread(images: list[dict]) -> list[dict]:
     return [images[index * (len(images) - 1) // max(count - 1, 1)] for index in range(count)]
 
 
+def _is_extreme(image: dict) -> bool:
+    shorter, longer = sorted((image["height"], image["width"]))
+    return longer > _EXTREME_SIDE or longer > _EXTREME_RATIO * shorter
+
+
 def _readable_entry(image: dict, image_root: str) -> dict[str, Any]:
     return {
         "file_name": os.path.join(image_root, image["file_name"]),
@@ -305,11 +314,7 @@ def _check_instances(where: str, images: list[dict], annotations: list[dict]) ->
 
 def _box_problem(box: list, image: dict) -> str | None:
     """What is wrong with an x, y, width, height box; raises ValueError if it is no box at all."""
-    try:
-        valid = len(box) == 4 and isfinite(sum(box))
-    except TypeError:
-        valid = False
-    if not valid:
+    if len(box) != 4 or not are_numbers(box):
         raise ValueError(f"'bbox' is {box!r}, expected four finite numbers x, y, width, height")
     x, y, width, height = box
     # Detectron2 clips boxes to the image and then throws the empty ones away without a word.
@@ -318,6 +323,14 @@ def _box_problem(box: list, image: dict) -> str | None:
     if min(clipped_width, clipped_height) <= MIN_BOX_SIDE:
         return f"bbox {box} is empty or outside the image"
     return None
+
+
+def are_numbers(values: list) -> bool:
+    """Whether all are finite numbers, which JSON's true and false are not."""
+    try:
+        return set(map(type, values)) <= {int, float} and isfinite(sum(values))
+    except OverflowError:  # an integer beyond all floating point numbers
+        return False
 
 
 def _mask_problem(segmentation: Any, image: dict) -> tuple[str | None, bool]:
@@ -334,12 +347,15 @@ def _mask_problem(segmentation: Any, image: dict) -> tuple[str | None, bool]:
             "'segmentation' must be a list of polygons [[x0, y0, x1, y1, …], …] or a run-length encoding "
             '{"size": …, "counts": …}'
         )
-    try:
-        finite = all(isfinite(sum(polygon)) for polygon in segmentation)
-    except TypeError:
-        finite = False
-    if not finite:
+    if not all(are_numbers(polygon) for polygon in segmentation):
         raise ValueError("'segmentation' has a coordinate that is not a finite number")
+    limit = _FARTHEST * max(image["height"], image["width"])
+    farthest = max((max(max(polygon), -min(polygon)) for polygon in segmentation if polygon), default=0)
+    if farthest > limit:
+        raise ValueError(
+            f"'segmentation' has a coordinate of {farthest:g}, but image {image['file_name']} is "
+            f"{image['width']}x{image['height']}; coordinates are in pixels"
+        )
     num_valid = sum(map(is_valid_polygon, segmentation))
     if num_valid == len(segmentation):
         return None, True

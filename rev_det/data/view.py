@@ -8,20 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .images import read_rgb
+from .images import check_extent, read_rgb
 
-_TILE = 448  # longer side of an image on the sheet, in pixels
+TILE = 448  # longer side of an image on the sheet, in pixels
 _COLUMNS = 4
 
 
 def draw_annotations(
     dataset_name: str, path: str, num_images: int = 16, seed: int = 0, classes: Sequence[str] = ()
-) -> int:
+) -> tuple[int, list[tuple[str, str]]]:
     """Draw a sheet of annotated images, chosen by chance.
 
     Args:
@@ -32,10 +33,10 @@ def draw_annotations(
         classes: names; only images with an instance of one of them. All if empty.
 
     Returns:
-        how many images are on the sheet.
+        how many images are on the sheet; path and reason of those that cannot be drawn.
 
     Raises:
-        ValueError: there are no such images or classes, or one cannot be decoded; the format is unknown.
+        ValueError: there are no such images or classes, or none can be drawn; the format is unknown.
     """
     if num_images < 1:
         raise ValueError(f"--num must be at least 1, got {num_images}")
@@ -47,8 +48,18 @@ def draw_annotations(
     if len(records) > num_images:
         chosen = sorted(random.Random(seed).sample(range(len(records)), num_images))
         records = [records[index] for index in chosen]
-    columns = min(_COLUMNS, len(records))
-    rows = math.ceil(len(records) / columns)
+    tiles, failures = [], []
+    for record in records:
+        try:
+            tiles.append((record, _draw(record, metadata)))
+        except ValueError as error:
+            failures.append((record["file_name"], str(error)))
+    if not tiles:
+        raise ValueError(
+            "no image of dataset '{}' can be drawn, the first is {}: {}".format(dataset_name, *failures[0])
+        )
+    columns = min(_COLUMNS, len(tiles))
+    rows = math.ceil(len(tiles) / columns)
     figure = Figure((4 * columns, 4 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     if Path(path).suffix.removeprefix(".").lower() not in figure.canvas.get_supported_filetypes():
@@ -56,14 +67,14 @@ def draw_annotations(
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid:
         axes.axis("off")
-    for axes, record in zip(grid, records, strict=False):
-        axes.imshow(_draw(record, metadata))
+    for axes, (record, tile) in zip(grid, tiles, strict=False):
+        axes.imshow(tile)
         # A name, to find the image by; not as a formula.
         count = len(record["annotations"])
         name = f"{Path(record['file_name']).name}: {count} instance{'s' * (count != 1)}"
         axes.set_title(name, fontsize=9, parse_math=False)
-    figure.savefig(path, dpi=_TILE // 4)
-    return len(records)
+    figure.savefig(path, dpi=TILE // 4)
+    return len(tiles), failures
 
 
 def _with_classes(records: list[dict], known: Sequence[str], classes: Sequence[str]) -> list[dict]:
@@ -78,13 +89,17 @@ def _with_classes(records: list[dict], known: Sequence[str], classes: Sequence[s
 
 def _draw(record: dict[str, Any], metadata: Any) -> Any:
     """(H, W, 3), RGB."""
-    try:
-        image = read_rgb(record["file_name"])
-    except ValueError as error:
-        raise ValueError(
-            f"image {record['file_name']} cannot be decoded ({error}); "
-            "`rev-det data check` names all such images"
-        ) from error
-    # Beyond 4 times, Detectron2 rounds the size of labels to zero.
-    scale = min(4.0, _TILE / max(image.shape[:2]))
-    return Visualizer(image, metadata, scale=scale, font_size_scale=1.5).draw_dataset_dict(record).get_image()
+    visualizer = tile_visualizer(read_rgb(record["file_name"]), metadata)
+    return visualizer.draw_dataset_dict(record).get_image()
+
+
+def tile_visualizer(image: np.ndarray, metadata: Any) -> Visualizer:
+    """What draws on an image as large as it will be on a sheet.
+
+    Raises:
+        ValueError: nothing would be left of its shorter side.
+    """
+    check_extent(*image.shape[:2], min(image.shape[:2]), TILE)
+    # Small images are enlarged to keep labels legible; beyond 4 times, Detectron2 rounds their size to zero.
+    scale = min(4.0, TILE / max(image.shape[:2]))
+    return Visualizer(image, metadata, scale=scale, font_size_scale=1.5)

@@ -17,6 +17,7 @@ from detectron2.engine.hooks import EvalHook
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
+from ..files import whole_file
 from .interruption import Interrupted
 
 if TYPE_CHECKING:
@@ -48,9 +49,8 @@ class Checkpoints(HookBase):
         trainer = self.trainer
         if not comm.is_main_process():
             return
-        os.makedirs(self._folder, exist_ok=True)
         # A process that was killed while it wrote leaves this behind.
-        for path in glob.glob(os.path.join(glob.escape(self._folder), "*.pth.tmp")):
+        for path in glob.glob(os.path.join(glob.escape(self._folder), ".part-*")):
             os.unlink(path)
         if trainer.start_iter >= trainer.max_iter and trainer.checkpointer.has_checkpoint():
             last = trainer.checkpointer.get_checkpoint_file()
@@ -82,20 +82,11 @@ class Checkpoints(HookBase):
         iteration = self.trainer.iter
         if self._saved is None or self._saved[0] != iteration:
             name = FINAL if iteration + 1 >= self.trainer.max_iter else f"model_{iteration:07d}"
-            self._write(name, iteration)
+            self.trainer.checkpointer.save(name, iteration=iteration)
             self._saved = iteration, os.path.join(self._folder, f"{name}.pth")
             if comm.is_main_process():
                 self._remove_old()
         return self._saved[1]
-
-    def _write(self, name: str, iteration: int) -> None:
-        checkpointer = self.trainer.checkpointer
-        try:
-            checkpointer.save(name, iteration=iteration)
-        # torch raises RuntimeError where its own code writes.
-        except (OSError, RuntimeError) as error:
-            path = os.path.join(self._folder, f"{name}.pth")
-            raise unwritable(path, error, checkpointer) from error
 
     @property
     def final_file(self) -> str:
@@ -201,18 +192,10 @@ class Evaluation(EvalHook):
         logger.info("%s %.3f is the best so far, its checkpoint is kept as %s", names[0], value, path)
 
 
-def unwritable(path: str, error: Exception, checkpointer: RevCheckpointer) -> OSError:
-    """The error that says what could not be written, how much room there is, and which state is left."""
-    if isinstance(error.__context__, OSError):
-        error = error.__context__  # of which torch makes an error of its own, that does not say so
-    folder = checkpointer.save_dir
-    if not os.path.isdir(folder):
-        return OSError(f"{path} cannot be written: OUTPUT_DIR, {folder}, is not there any more ({error})")
+def unwritable(error: OSError, checkpointer: RevCheckpointer) -> OSError:
+    """What could not be written, and which state is left."""
     last = checkpointer.get_checkpoint_file() if checkpointer.has_checkpoint() else "none"
-    return OSError(
-        f"{path} cannot be written: {error}. {shutil.disk_usage(folder).free / 2**20:.0f} MiB are free in "
-        f"{folder}; the last checkpoint is {last}. Make room and go on with --resume"
-    )
+    return OSError(f"{error}; the last checkpoint is {last}. Make room and go on with --resume")
 
 
 def _link_or_copy(source: str, path: str) -> None:
@@ -220,11 +203,10 @@ def _link_or_copy(source: str, path: str) -> None:
     # A resumed run evaluates once more. Between two names of one file a rename would do nothing.
     if os.path.exists(path) and os.path.samefile(source, path):
         return
-    temporary = f"{path}.tmp"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as part:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part)
+        try:
+            os.link(source, part)
+        except OSError:
+            shutil.copyfile(source, part)

@@ -13,6 +13,8 @@ from detectron2.data import MetadataCatalog
 from ..checks import check_choice, check_count, is_finite, is_whole
 from ..data import RevDatasetMapper
 from ..data.coco import registered_summary
+from ..data.images import unusable_images
+from ..data.loader import sizes_of_tests
 from .build import explained
 from .trainer import COMPRESSION
 
@@ -43,6 +45,9 @@ def check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, a single device, but there are {processes} processes, "
             "each with a GPU of its own; set it to 'cuda', and CUDA_VISIBLE_DEVICES to the GPUs to take"
         )
+    # Each process adds its number; NumPy's seeds have 32 bits.
+    if cfg.SEED > 2**32 - processes:
+        raise ValueError(f"SEED is {cfg.SEED}; it must be at most {2**32 - processes} (negative: at random)")
     if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH % (processes * accumulate):
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {processes} processes with "
@@ -204,19 +209,51 @@ def check_images(cfg: CfgNode, eval_only: bool) -> None:
     for name in dict.fromkeys([*([] if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]):
         summary = registered_summary(name)
         for record in summary.sample if summary else ():
-            mapper.check_readable(record)
+            if record not in summary.extreme:  # for which there is `check_extents`
+                mapper.check_readable(record)
+
+
+def check_extents(cfg: CfgNode, eval_only: bool) -> list[tuple[str, str]]:
+    """Find images that are too large to be worked on, or too narrow to be resized.
+
+    Returns:
+        path and reason of those of ``DATASETS.TEST``, which evaluations leave out.
+
+    Raises:
+        ValueError: ``DATASETS.TRAIN`` has some; naming the first.
+    """
+    shortest = cfg.INPUT.MIN_SIZE_TRAIN
+    shortest = min(shortest) if isinstance(shortest, Sequence) else shortest
+    for name in () if eval_only else cfg.DATASETS.TRAIN:
+        summary = registered_summary(name)
+        found = unusable_images(summary.extreme, shortest, cfg.INPUT.MAX_SIZE_TRAIN) if summary else ()
+        if found:
+            path, reason = found[0]
+            raise ValueError(
+                f"dataset '{name}': {path} cannot be trained on: {reason}, or remove it from the annotations "
+                f"({len(found)} such image{'s' * (len(found) > 1)})"
+            )
+    summaries = filter(None, map(registered_summary, cfg.DATASETS.TEST))
+    extreme = [record for summary in summaries for record in summary.extreme]
+    return unusable_images(extreme, *sizes_of_tests(cfg))
 
 
 def check_output(cfg: CfgNode) -> None:
-    """Check that ``OUTPUT_DIR`` can be a folder, and that what ``TEST.EXPECTED_RESULTS`` expects is readable.
+    """Check that ``OUTPUT_DIR`` can be written, and that what ``TEST.EXPECTED_RESULTS`` expects is readable.
 
     Raises:
         ValueError: naming the key.
     """
     if not cfg.OUTPUT_DIR:
         raise ValueError("OUTPUT_DIR is empty; name a folder, which will be made")
-    if os.path.exists(cfg.OUTPUT_DIR) and not os.path.isdir(cfg.OUTPUT_DIR):
-        raise ValueError(f"OUTPUT_DIR: {cfg.OUTPUT_DIR} is a file; name a folder")
+    # The folders that are missing will be made in it.
+    there = os.path.abspath(cfg.OUTPUT_DIR)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        raise ValueError(f"OUTPUT_DIR is {cfg.OUTPUT_DIR}, but {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"OUTPUT_DIR is {cfg.OUTPUT_DIR}: there is no permission to write to {there}")
     for entry in cfg.TEST.EXPECTED_RESULTS:
         if not isinstance(entry, Sequence) or len(entry) != 4 or not all(map(is_finite, entry[2:])):
             raise ValueError(

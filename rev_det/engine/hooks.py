@@ -94,7 +94,8 @@ class Predictions(HookBase):
         cfg = self.trainer.cfg
         path = os.path.join(cfg.OUTPUT_DIR, "predictions.png")
         model = getattr(self.trainer.model, "module", self.trainer.model)
-        draw_predictions(cfg, model, cfg.DATASETS.TEST[0], path)
+        if not draw_predictions(cfg, model, cfg.DATASETS.TEST[0], path):
+            return
         logger.info("Predictions beside the ground truth of '%s': %s", cfg.DATASETS.TEST[0], path)
         sheet = utils.read_image(path, format="RGB")
         self.trainer.storage.put_image("predictions", sheet.transpose(2, 0, 1))

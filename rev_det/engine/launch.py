@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,7 @@ from ..checkpoint import RevCheckpointer
 from ..config_files import find_config_file
 from ..data import register_datasets
 from .amp import Precision
-from .console import set_up_run
+from .console import run_logged
 from .interruption import (
     STOP_EXIT_CODES,
     Interrupted,
@@ -31,6 +32,7 @@ from .interruption import (
     leave_interrupts_to_parent,
     passing_on_to_children,
 )
+from .lock import locked
 from .setup import argument_parser, check_run, load_config
 from .torchrun import adopt_processes, join_processes, under_torchrun
 from .trainer import Trainer
@@ -52,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None for the program's own.
 
     Returns:
-        the exit code: 0, or 2 after a line ``error: …`` on the standard error stream.
+        the exit code: 0; 1 after an evaluation that had to leave out images; 2 after a line ``error: …`` on
+        the standard error stream.
 
     Raises:
         SystemExit: a signal has asked the run to stop (128 + its number); ``--resume`` continues it.
@@ -66,8 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.config_file:
             args.config_file = find_config_file(args.config_file)
         cfg = load_config(args.config_file, args.opts, args.dataset, args.num_gpus, args.eval_only)
-        check_run(cfg, args)
-        failure = launch_processes(cfg, args)
+        left_out = check_run(cfg, args)
+        # Of several processes and machines, one for all.
+        first = args.machine_rank == 0 and not (under_torchrun() and int(os.environ["LOCAL_RANK"]))
+        with locked(cfg.OUTPUT_DIR) if first else contextlib.nullcontext():
+            failure = launch_processes(cfg, args)
     except USER_ERRORS as error:
         failure = error_line(error)
     except KeyboardInterrupt:
@@ -76,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failure:
         sys.stderr.write(f"error: {failure}\n")
         return _USER_ERROR_CODE
+    if args.eval_only and left_out:
+        sys.stderr.write(f"{len(left_out)} test images were left out, and count as without detections:\n")
+        sys.stderr.writelines(f"  {path}: {reason}\n" for path, reason in left_out)
+        return 1
     return 0
 
 
@@ -140,17 +150,25 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
     register_datasets(cfg)
     # The first question to the GPU, before anything is written.
     Precision.from_config(cfg)
-    set_up_run(cfg, args)
-    if not args.eval_only:
-        trainer = Trainer(cfg)
-        if args.resume and not trainer.checkpointer.has_checkpoint():
-            logger.warning("--resume: no checkpoint in %s, so training starts at iteration 0", cfg.OUTPUT_DIR)
-        trainer.resume_or_load(resume=args.resume)
-        trainer.train()
-        return {}
+    with run_logged(cfg, args) as start_files:
+        return _evaluate(cfg, args, start_files) if args.eval_only else _train(cfg, args, start_files)
+
+
+def _train(cfg: CfgNode, args: argparse.Namespace, start_files: Callable[[], None]) -> dict[str, Any]:
+    trainer = Trainer(cfg)
+    if args.resume and not trainer.checkpointer.has_checkpoint():
+        logger.warning("--resume: no checkpoint in %s, so training starts at iteration 0", cfg.OUTPUT_DIR)
+    trainer.resume_or_load(resume=args.resume)
+    start_files()
+    trainer.train()
+    return {}
+
+
+def _evaluate(cfg: CfgNode, args: argparse.Namespace, start_files: Callable[[], None]) -> dict[str, Any]:
     model = Trainer.build_model(cfg)
     checkpointer = RevCheckpointer.of_run(cfg, model, evaluation=True)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    start_files()
     results = Trainer.test_with_augmentation(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,26 +10,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data import detection_utils as utils
 from detectron2.evaluation import inference_context
-from detectron2.structures import Instances
-from detectron2.utils.visualizer import Visualizer
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
 from ..data import RevDatasetMapper
+from ..data.images import read_rgb
+from ..data.view import TILE, tile_visualizer
+from ..files import write_whole
 from .amp import Precision
 from .metrics import read_metrics
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
+logger = logging.getLogger(__name__)
+
 # Detectron2's names of the metrics that are drawn.
 _AP = {"bbox/AP": "box AP", "segm/AP": "mask AP"}
-# Longer side, in pixels, that images are enlarged or reduced to on the sheet.
-_TILE = 448
 
 
 def draw_curves(metrics_path: str, path: str) -> None:
@@ -75,12 +76,12 @@ def draw_curves(metrics_path: str, path: str) -> None:
         if axes.get_legend_handles_labels()[0]:
             # Below the frame, where there is no curve to cover.
             axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
-    figure.savefig(path, dpi=100)
+    write_whole(path, lambda part: figure.savefig(part, dpi=100))
 
 
 def draw_predictions(
     cfg: CfgNode, model: nn.Module, dataset_name: str, path: str, num_images: int = 8, min_score: float = 0.5
-) -> None:
+) -> bool:
     """Draw a sheet of images, each with its ground truth to the left and its predictions to the right.
 
     Args:
@@ -90,6 +91,9 @@ def draw_predictions(
         path: the PNG to write.
         num_images: at most this many images, in two columns of pairs.
         min_score: predictions below it are left out.
+
+    Returns:
+        whether there is anything to draw: not for a model without instances, such as a proposal network.
     """
     # Annotated images first; sorting keeps the order otherwise.
     records = sorted(DatasetCatalog.get(dataset_name), key=lambda record: not record.get("annotations"))
@@ -97,28 +101,33 @@ def draw_predictions(
     mapper = RevDatasetMapper(cfg, is_train=False)
     tiles = []
     for record in records[:num_images]:
+        try:
+            image = read_rgb(record["file_name"])
+            truth, predicted = (tile_visualizer(image, metadata) for _ in range(2))
+            inputs = mapper(record)
+        except ValueError as error:
+            logger.warning("%s is left out of %s: %s", record["file_name"], path, error)
+            continue
         with inference_context(model), torch.inference_mode(), Precision.from_config(cfg).autocast():
-            instances = model([mapper(record)])[0]["instances"].to("cpu")
-        image = utils.read_image(record["file_name"], format="RGB")
-        truth = _visualizer(image, metadata).draw_dataset_dict(record).get_image()
-        tiles += [truth, _draw_instances(image, metadata, instances[instances.scores >= min_score])]
-    _sheet(tiles, ("ground truth", f"predictions, score >= {min_score:g}"), path)
+            results = model([inputs])[0]
+        if "instances" not in results:
+            logger.info("A %s finds no instances to draw", cfg.MODEL.META_ARCHITECTURE)
+            return False
+        instances = results["instances"].to("cpu")
+        tiles += [
+            truth.draw_dataset_dict(record).get_image(),
+            predicted.draw_instance_predictions(instances[instances.scores >= min_score]).get_image(),
+        ]
+    if tiles:
+        titles = ("ground truth", f"predictions, score >= {min_score:g}")
+        write_whole(path, lambda part: _sheet(tiles, titles, part))
+    return bool(tiles)
 
 
 def _plot(axes: Axes, records: Sequence[dict[str, float]], name: str, label: str = "", **style: Any) -> None:
     points = [(record["iteration"], record[name]) for record in records if name in record]
     if points:
         axes.plot(*zip(*points, strict=True), label=label or name, **style)
-
-
-def _visualizer(image: np.ndarray, metadata: Any) -> Visualizer:
-    # Small images are enlarged to keep labels legible; beyond 4 times, Detectron2 rounds their size to zero.
-    scale = min(4.0, _TILE / max(image.shape[:2]))
-    return Visualizer(image, metadata, scale=scale, font_size_scale=1.5)
-
-
-def _draw_instances(image: np.ndarray, metadata: Any, instances: Instances) -> np.ndarray:
-    return _visualizer(image, metadata).draw_instance_predictions(instances).get_image()
 
 
 def _sheet(tiles: Sequence[np.ndarray], titles: tuple[str, str], path: str) -> None:
@@ -133,7 +142,7 @@ def _sheet(tiles: Sequence[np.ndarray], titles: tuple[str, str], path: str) -> N
             axes.imshow(tiles[index])
             if index < columns:
                 axes.set_title(titles[index % 2])
-    figure.savefig(path, dpi=_TILE // 4)
+    figure.savefig(path, dpi=TILE // 4)
 
 
 def _figure(width: float, height: float) -> Figure:

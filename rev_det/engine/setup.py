@@ -28,6 +28,7 @@ from .build import build_detector, explained
 from .checks import (
     check_dataset_files,
     check_datasets_named,
+    check_extents,
     check_images,
     check_output,
     check_pixels,
@@ -117,7 +118,7 @@ def load_config(
     return cfg
 
 
-def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+def check_run(cfg: CfgNode, args: argparse.Namespace) -> list[tuple[str, str]]:
     """Find what would stop a run, before anything is written.
 
     Builds the model once, on the CPU, loads its weights, and drops it. Of the images that `load_config` has
@@ -126,6 +127,9 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     Args:
         cfg: as `load_config` returns it.
         args: of `argument_parser`.
+
+    Returns:
+        path and reason of test images that an evaluation will leave out.
 
     Raises:
         FileNotFoundError: weights or a dataset do not exist.
@@ -146,6 +150,7 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         _build_once(cfg, args)
     if not args.eval_only:
         warn_of_long_warmup(cfg)
+    return check_extents(cfg, args.eval_only)
 
 
 def _build_once(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -60,8 +60,9 @@ class Summary(HookBase):
         ]
         names = (f"{FINAL}.pth", "predictions.png", "curves.png", "summary.json")
         files = [name for name in names if os.path.exists(os.path.join(folder, name))]
+        results = results or ["No AP" if self._evaluation.latest else "Not evaluated"]
         return (
-            f"{', '.join(results) or 'Not evaluated'}; in {folder}: {', '.join(files)}; "
+            f"{', '.join(results)}; in {folder}: {', '.join(files)}; "
             f"next: rev-det predict IMAGES --run {shlex.quote(folder)}"
         )
 

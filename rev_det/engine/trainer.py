@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import signal
@@ -12,18 +11,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from ..checkpoint import RevCheckpointer
-from ..data import RevCOCOEvaluator, RevDatasetMapper, TrainLoader, build_train_loader
+from ..data import RevCOCOEvaluator, TrainLoader, build_test_loader, build_train_loader
 from ..devices import device_settings
-from ..files import write_json
+from ..files import DISK_ERRORS, UnwritableError, write_json
 from .amp import Precision
 from .build import build_detector
 from .checkpoints import Checkpoints, Evaluation, unwritable
@@ -31,7 +29,7 @@ from .evaluation import evaluate_with_augmentation, evaluating
 from .hooks import Curves, PeakMemory, Predictions, Throughput
 from .interruption import StopRequest
 from .inversion import InversionCheck
-from .metrics import end_last_line
+from .metrics import MetricsWriter
 from .optimizer import build_gradient_clipper, build_optimizer
 from .summary import Summary
 from .train_step import NonFiniteError, TrainStep
@@ -134,6 +132,10 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         configured = self._learning_rates()
+        # Torch takes over whatever the groups hold, and fails in the first step.
+        group = state_dict["_trainer"]["optimizer"]["param_groups"][0]
+        if ("betas" in group) != ("betas" in self.optimizer.defaults):
+            raise ValueError(f"SOLVER.OPTIMIZER is {self.cfg.SOLVER.OPTIMIZER!r}, and was another")
         super().load_state_dict(state_dict)
         if (restored := self._learning_rates()) != configured:
             logger.warning(
@@ -162,17 +164,21 @@ class Trainer(DefaultTrainer):
         """
         # Hooks of a subclass may be others: who cannot stop in order must not be deaf to being stopped.
         can_stop = any(isinstance(hook, Checkpoints) for hook in self._hooks)
+        os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
         try:
             with (
                 self.stop_request.listening() if can_stop else contextlib.nullcontext(),
                 device_settings(self.cfg),
             ):
                 return super().train()
+        except UnwritableError as error:
+            raise unwritable(error, self.checkpointer) from error
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            # What Detectron2 and tensorboard write has no name in the error.
+            if error.errno not in DISK_ERRORS:
                 raise
-            path = error.filename2 or error.filename or f"a file in {self.cfg.OUTPUT_DIR}"
-            raise unwritable(path, error, self.checkpointer) from error
+            named = f"a file in {self.cfg.OUTPUT_DIR} cannot be written: {error}"
+            raise unwritable(OSError(named), self.checkpointer) from error
 
     def after_train(self) -> None:
         # Of a run that is resumed at its end, Detectron2 counts an iteration more than there were.
@@ -211,9 +217,10 @@ class Trainer(DefaultTrainer):
         ]
 
     def build_writers(self) -> list[EventWriter]:
-        """Detectron2's: the progress line, ``metrics.json`` and tensorboard."""
-        end_last_line(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"))
-        return super().build_writers()
+        """As Detectron2: the progress line, ``metrics.json`` and tensorboard, none of which writes yet."""
+        folder = self.cfg.OUTPUT_DIR
+        metrics = MetricsWriter(os.path.join(folder, "metrics.json"))
+        return [CommonMetricPrinter(self.max_iter), metrics, TensorboardXWriter(folder)]
 
     def _evaluate_for_hook(self) -> dict[str, Any]:
         # DefaultTrainer compares these with TEST.EXPECTED_RESULTS after training.
@@ -229,9 +236,8 @@ class Trainer(DefaultTrainer):
             if comm.is_main_process():
                 write_json(report, error.report)
             self.checkpointer.save("model_last_good", iteration=self.iter)
-        # torch raises RuntimeError where its own code writes.
-        except (OSError, RuntimeError) as problem:
-            return str(unwritable("the state before it", problem, self.checkpointer))
+        except OSError as problem:
+            return f"The state before it: {unwritable(problem, self.checkpointer)}"
         finally:
             self.iter = failed
             # The first to end takes the others with it, which must not be the one that writes.
@@ -257,7 +263,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        return build_detection_test_loader(cfg, dataset_name, mapper=RevDatasetMapper(cfg, is_train=False))
+        return build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

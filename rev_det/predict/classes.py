@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..checks import is_whole
 from ..data import shapes
+from ..files import read_json
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -66,12 +67,13 @@ def classes_from_json(path: str) -> Classes:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} does not exist; it should be a file in COCO's format")
+    content = read_json(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            categories = json.load(file)["categories"]
-        pairs = sorted((category["id"], category["name"]) for category in categories)
-    except (ValueError, TypeError, KeyError) as error:
+        pairs = sorted((category["id"], category["name"]) for category in content["categories"])
+    except (TypeError, KeyError) as error:
         raise ValueError(f"{path} is not in COCO's format: it needs categories, with id and name") from error
+    if not all(is_whole(key) and isinstance(name, str) for key, name in pairs):
+        raise ValueError(f"{path} is not in COCO's format: ids of categories are integers, names are texts")
     if not pairs:
         raise ValueError(f"{path} has no categories")
     ids, names = zip(*pairs, strict=True)

@@ -19,7 +19,9 @@ from ..checkpoint import RevCheckpointer
 from ..checkpoint.checkpointer import last_checkpoint
 from ..checkpoint.named import PUBLISHED
 from ..checkpoint.origin import classes_of_origin
+from ..checks import is_out_of_memory
 from ..config_files import find_config_file, read_config_file
+from ..data.images import check_extent
 from ..devices import check_device, device_settings
 from ..engine import Precision, build_detector
 from .classes import Classes, classes_from_json, classes_of_config, files_of_config, training_folder
@@ -136,21 +138,34 @@ class Detector:
             for each image its instances on the CPU, in pixels of the image.
 
         Raises:
-            ValueError: the batch does not fit into the GPU's memory, or the model returns no instances.
+            MemoryError: the batch does not fit into memory.
+            ValueError: the model returns no instances.
         """
         inputs = [self._prepare(image) for image in images]
         try:
             with torch.inference_mode(), device_settings(self.cfg), self.precision.autocast():
                 results = self.model(inputs)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"{len(images)} images at a time do not fit into the GPU's memory; lower --batch-size"
-            ) from error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            many = f"{len(images)} images at a time do" if len(images) > 1 else "the image does"
+            raise MemoryError(f"{many} not fit into memory") from error
         if not all("instances" in result for result in results):
             raise ValueError(
                 f"a {type(self.model).__name__} returns {', '.join(results[0])}, and no instances to show"
             )
         return [self._chosen(result["instances"].to("cpu")) for result in results]
+
+    def check(self, image: np.ndarray) -> None:
+        """Whether there is anything left of an image once it is resized.
+
+        Args:
+            image: (H, W, 3).
+
+        Raises:
+            ValueError: there is not.
+        """
+        check_extent(*image.shape[:2], self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST)
 
     def highest_score(self, images: Sequence[np.ndarray]) -> float | None:
         """The score of what would be found first if the threshold were lower.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +18,8 @@ from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
-from ..files import write_json, write_whole
+from ..checks import is_whole
+from ..files import part_path, read_json, whole_file, write_json, write_whole
 from .classes import Classes
 from .inputs import Frame, Source
 
@@ -161,14 +161,15 @@ class _VideoFile:
 
     def __init__(self, folder: Path, frame: Frame, metadata: Metadata):
         self.source = frame.source
+        self._frames = 0
         self._visualizer = VideoVisualizer(metadata)
         height, width = frame.image.shape[:2]
         for codec, extension in _CODECS:
             self.path = folder / f"{frame.source.name}{extension}"
             # A video that a killed program leaves cannot be played.
-            self._part = folder / f".part-{self.path.name}"
             fourcc = cv2.VideoWriter_fourcc(*codec)
-            self._writer = cv2.VideoWriter(str(self._part), fourcc, frame.rate, (width, height))
+            part = part_path(str(self.path))
+            self._writer = cv2.VideoWriter(part, fourcc, frame.rate, (width, height))
             if self._writer.isOpened():
                 return
         raise OSError(
@@ -178,10 +179,18 @@ class _VideoFile:
     def add(self, image: np.ndarray, instances: Instances) -> None:
         picture = self._visualizer.draw_instance_predictions(image, instances).get_image()
         self._writer.write(np.ascontiguousarray(picture[:, :, ::-1]))
+        self._frames += 1
 
     def close(self) -> None:
-        self._writer.release()
-        os.replace(self._part, self.path)
+        with whole_file(str(self.path)) as part:
+            self._writer.release()
+            # OpenCV does not say that it could not write.
+            found = max(0, int(cv2.VideoCapture(part).get(cv2.CAP_PROP_FRAME_COUNT)))
+            if found != self._frames:
+                raise OSError(
+                    f"{self.path} cannot be written: {found} of {self._frames} frames are there; is the disk "
+                    "full?"
+                )
 
 
 def check_output(folder: str, sources: Sequence[Source]) -> None:
@@ -215,13 +224,16 @@ def _copied(instances: Instances) -> Instances:
 
 def _known_images(dataset_json: str) -> dict[str, list[tuple[tuple[str, ...], int]]]:
     """Parts of ``file_name`` and id of a file's images, by the last part."""
-    with open(dataset_json, encoding="utf-8") as file:
-        images = json.load(file).get("images", [])
+    content = read_json(dataset_json)
     known: dict[str, list[tuple[tuple[str, ...], int]]] = {}
     try:
-        for image in images:
+        for image in content.get("images", []):
             parts = Path(image["file_name"]).parts
             known.setdefault(parts[-1], []).append((parts, image["id"]))
-    except (TypeError, KeyError, IndexError) as error:
-        raise ValueError(f"{dataset_json} is not in COCO's format: images need file_name and id") from error
+            if not is_whole(image["id"]):
+                raise TypeError("an id is no whole number")
+    except (AttributeError, TypeError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"{dataset_json} is not in COCO's format: images need a file_name and a whole number as id"
+        ) from error
     return known

@@ -1,4 +1,4 @@
-"""The loop: pictures in, batches through the detector, results out; what cannot be read is skipped."""
+"""The loop: pictures in, batches through the detector, results out; what cannot be used is skipped."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def predict(
         done: is told how many further pictures are finished, or were skipped.
 
     Returns:
-        path and reason of each file that could not be read, or not to its end.
+        path and reason of each file that could not be read, or not to its end, or does not fit into memory.
 
     Raises:
-        ValueError: the batch size is none, or a batch does not fit into memory.
+        ValueError: the batch size is none, or a batch of several does not fit into memory.
         OSError: results cannot be written.
     """
     if batch_size < 1:
@@ -39,7 +39,14 @@ def predict(
 
     def flush() -> None:
         if batch:
-            for frame, instances in zip(batch, detector([f.image for f in batch]), strict=True):
+            try:
+                results = detector([frame.image for frame in batch])
+            except MemoryError as error:
+                if len(batch) > 1:
+                    raise ValueError(f"{error}; lower --batch-size") from error
+                failures.append((batch[0].source.path, str(error)))
+                results = []
+            for frame, instances in zip(batch, results, strict=False):
                 writer.add(frame, instances)
             done(len(batch))
             batch.clear()
@@ -50,11 +57,12 @@ def predict(
             # Only what reading raises: an error of the detector or the writer is another matter.
             try:
                 frame = next(frames, None)
+                if frame is None:
+                    break
+                detector.check(frame.image)
             except (ValueError, OSError) as error:
                 failures.append((source.path, str(error)))
                 done(source.num_frames() - read)
-                break
-            if frame is None:
                 break
             batch.append(frame)
             read += 1
@@ -82,9 +90,10 @@ def highest_score(detector: Detector, sources: Sequence[Source], count: int) -> 
             break
         try:
             frame = next(read_frames(source), None)
+            if frame is None:
+                continue
+            detector.check(frame.image)
         except (ValueError, OSError):
-            continue
-        if frame is None:
             continue
         looked_at += 1
         score = detector.highest_score([frame.image])

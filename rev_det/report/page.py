@@ -16,7 +16,7 @@ from PIL import Image
 
 from .. import __version__
 from ..config_files import default_config, flat
-from ..files import write_whole
+from ..files import check_output, write_text
 from .charts import draw_charts
 from .run import Evaluation, Run, split_metric
 
@@ -94,12 +94,8 @@ def write_report(folder: str | os.PathLike, path: str | os.PathLike | None = Non
     """
     run = Run.read(folder)
     path = run.folder / "report.html" if path is None else Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"--output {path} must end with {' or '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--output {path}: the folder {path.parent} does not exist")
-    text = render(run)
-    write_whole(str(path), lambda part: Path(part).write_text(text, encoding="utf-8"))
+    check_output(path, SUFFIXES, "--output")
+    write_text(str(path), render(run))
     return path
 
 
@@ -139,8 +135,7 @@ def _missing(run: Run, picture: Picture | None) -> Iterator[str]:
     if not run.records:
         yield "No metrics.json with records: nothing is known of losses, speed and memory."
     if not run.evaluations:
-        period = run.config.get("TEST", {}).get("EVAL_PERIOD", 0)
-        tests = run.config.get("DATASETS", {}).get("TEST")
+        period, tests = run.config.TEST.EVAL_PERIOD, run.config.DATASETS.TEST
         when = f"every {period} iterations" if period else "at the end of training (TEST.EVAL_PERIOD is 0)"
         yield f"No evaluation yet: it comes {when}." if tests else "No evaluation: DATASETS.TEST is empty."
     if picture is None:
@@ -161,7 +156,7 @@ def _figures(run: Run) -> Iterator[Figure]:
     if best:
         yield best
     done = f"{run.done:,} of {run.planned:,}" if not run.complete else f"{run.planned:,}"
-    yield Figure("iterations", done, f"{run.config['SOLVER'].get('IMS_PER_BATCH', '?')} images each")
+    yield Figure("iterations", done, f"{run.config.SOLVER.IMS_PER_BATCH} images each")
     rates = sorted(value for _, value in run.values("[metric]images_per_s"))
     if rates:
         yield Figure("images/s", _rate(rates[len(rates) // 2]), "median")
@@ -169,10 +164,10 @@ def _figures(run: Run) -> Iterator[Figure]:
     if peak:
         yield Figure("peak memory", *peak)
     yield Figure("precision", *_precision(run))
-    backbone = run.config.get("MODEL", {}).get("BACKBONE", {}).get("NAME", "")
-    activations = run.config.get("MODEL", {}).get("REV", {}).get("ACTIVATIONS", "")
-    if "rev_" in backbone and activations:
-        yield Figure("activations", activations, backbone.removeprefix("build_").removesuffix("_backbone"))
+    backbone = run.config.MODEL.BACKBONE.NAME
+    if "rev_" in backbone:
+        name = backbone.removeprefix("build_").removesuffix("_backbone")
+        yield Figure("activations", run.config.MODEL.REV.ACTIVATIONS, name)
     seconds = summary.get("seconds_since_start_or_resume")
     if seconds:
         resumed = summary.get("resumed_at_iteration")
@@ -182,7 +177,7 @@ def _figures(run: Run) -> Iterator[Figure]:
 
 def _best(run: Run) -> Figure | None:
     """From the summary, else from the records: what the checkpoint of the best evaluation has reached."""
-    metric = run.config.get("TEST", {}).get("BEST_METRIC", "bbox/AP")
+    metric = run.config.TEST.BEST_METRIC
     found = max(run.values(metric), key=lambda point: point[1], default=None)
     best = (run.summary or {}).get("best")
     if best:
@@ -211,9 +206,8 @@ def _precision(run: Run) -> tuple[str, str]:
     if run.summary and "precision" in run.summary:
         precision, _, device = str(run.summary["precision"]).partition(" on ")
         return precision, f"on {device}"
-    amp = run.config["SOLVER"].get("AMP", {})
-    device = f"on {run.config.get('MODEL', {}).get('DEVICE', '?')}"
-    return (f"mixed, {amp.get('DTYPE', 'fp16')}" if amp.get("ENABLED") else "float32"), device
+    amp = run.config.SOLVER.AMP
+    return (f"mixed, {amp.DTYPE}" if amp.ENABLED else "float32"), f"on {run.config.MODEL.DEVICE}"
 
 
 def _memory(run: Run) -> Table | None:
@@ -262,11 +256,9 @@ def _shown(value: Any) -> str:
 def _environment(run: Run) -> dict[str, str]:
     summary = run.summary or {}
     found = {"rev_det": summary.get("versions", {}).get("rev_det"), "device": summary.get("device")}
-    data = summary.get("datasets") or {
-        "train": run.config.get("DATASETS", {}).get("TRAIN"),
-        "test": run.config.get("DATASETS", {}).get("TEST"),
-    }
-    found |= {f"data, {name}": ", ".join(names or ()) for name, names in data.items()}
+    sets = run.config.DATASETS
+    data = summary.get("datasets") or {"train": sets.TRAIN, "test": sets.TEST}
+    found |= {f"data, {name}": ", ".join(map(str, names)) for name, names in data.items()}
     if summary:
         found["processes"] = str(summary.get("processes", ""))
     return {**{name: value for name, value in found.items() if value}, **run.log.environment}
@@ -278,8 +270,7 @@ def _read_picture(path: Path) -> Picture | None:
             image.verify()
             width, height = image.size
             kind = image.get_format_mimetype()
-    # Pillow's plugins raise these for files that are cut off.
-    except (OSError, SyntaxError, ValueError):
+    except Exception:  # a damaged file makes Pillow raise errors of many kinds
         return None
     content = base64.b64encode(path.read_bytes()).decode("ascii")
     return Picture(f"data:{kind};base64,{content}", width, height)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -10,12 +9,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from detectron2.config import CfgNode
+
 from ..checks import is_finite
-from ..config_files import load_yaml
+from ..config_files import default_config, load_yaml
 from ..engine.metrics import read_metrics
+from ..files import read_json
 from .log import Log
 
 _CONFIG = "config.yaml"
+# What the page takes from JSON files: see `_has_form`.
+_NUMBER = int | float | None
+_SUMMARY = {
+    "precision": str,
+    "peak_memory_mib_by_process": [int | float],
+    "peak_memory_is": str,
+    "seconds_since_start_or_resume": _NUMBER,
+    "versions": {...: str},
+    "datasets": {...: [str]},
+    "best": ({"iteration": int, "value": int | float}, type(None)),
+}
+_RESULTS = {"metrics": {...: {...: _NUMBER}}, "per_class": {...: {...: _NUMBER}}}
 # One metric of an evaluation: the data set, if there are several; the task; what was measured.
 _METRIC = re.compile(r"(?:(?P<dataset>.+)/)?(?P<task>bbox|segm|keypoints)(?P<tta>_TTA)?/(?P<name>[^/]+)")
 
@@ -44,7 +58,7 @@ class Run:
 
     Attributes:
         folder: its ``OUTPUT_DIR``.
-        config: keys and values, nested.
+        config: its config, complete.
         config_text: the same, as it was written.
         summary: ``summary.json``, if it is that of this training, which then is complete.
         records: of ``metrics.json``, by rising iteration.
@@ -54,7 +68,7 @@ class Run:
     """
 
     folder: Path
-    config: Mapping[str, Any]
+    config: CfgNode
     config_text: str
     summary: Mapping[str, Any] | None
     records: tuple[Mapping[str, float], ...]
@@ -80,13 +94,9 @@ class Run:
             raise FileNotFoundError(
                 f"{folder} is not the folder of a training run: it has no {_CONFIG}, which a run writes first"
             )
-        text = (folder / _CONFIG).read_text(encoding="utf-8")
-        config = load_yaml(text, str(folder / _CONFIG))
-        if not isinstance(config, dict) or not isinstance(config.get("SOLVER"), dict):
-            raise ValueError(f"{folder / _CONFIG} is not the config of a training run: it has no SOLVER")
-        metrics = folder / "metrics.json"
-        records = tuple(read_metrics(str(metrics))) if metrics.is_file() else ()
-        summary = _read_json(folder / "summary.json")
+        text, config = _read_config(folder / _CONFIG)
+        records = tuple(read_metrics(str(folder / "metrics.json")))
+        summary = _read_json(folder / "summary.json", _SUMMARY)
         evaluations = tuple(_read_evaluations(folder)) or tuple(_evaluations_of(records))
         run = cls(
             folder=folder,
@@ -96,14 +106,14 @@ class Run:
             records=records,
             evaluations=evaluations,
             log=Log.read(folder / "log.txt"),
-            non_finite=_read_json(folder / "non_finite.json"),
+            non_finite=_read_json(folder / "non_finite.json", {}),
         )
         return run if run._summary_is_of_these_records() else replace(run, summary=None)
 
     @property
     def planned(self) -> int:
         """Iterations from the start to the end of training."""
-        return int(self.config["SOLVER"].get("MAX_ITER", 0))
+        return self.config.SOLVER.MAX_ITER
 
     @property
     def done(self) -> int:
@@ -141,7 +151,7 @@ def _read_evaluations(folder: Path) -> list[Evaluation]:
     found = []
     for parent in (folder, folder / "TTA"):
         for path in sorted(parent.glob("inference/*/results.json")):
-            content = _read_json(path)
+            content = _read_json(path, _RESULTS)
             found.append(
                 Evaluation(
                     str(content.get("dataset", path.parent.name)),
@@ -171,13 +181,49 @@ def _evaluations_of(records: tuple[Mapping[str, float], ...]) -> list[Evaluation
     return [Evaluation(name, *tables) for name, tables in datasets.items()]
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_config(path: Path) -> tuple[str, CfgNode]:
+    """A config's text, and its keys over the defaults; it may have keys of other projects."""
+    cfg = default_config()
+    cfg.set_new_allowed(True)
+    try:
+        text = path.read_text(encoding="utf-8")
+        config = load_yaml(text, str(path))
+        if not isinstance(config, dict) or "SOLVER" not in config:
+            raise ValueError("it has no SOLVER")
+        cfg.merge_from_other_cfg(CfgNode(_without_none(config)))
+    except (ValueError, AssertionError, RecursionError) as error:
+        raise ValueError(f"{path} is not the config of a training run: {error}") from error
+    return text, cfg
+
+
+def _without_none(node: Any) -> Any:
+    """Yacs takes None for any value, of which none is at its default."""
+    if not isinstance(node, dict):
+        return node
+    return {str(key): _without_none(value) for key, value in node.items() if value is not None}
+
+
+def _read_json(path: Path, form: Any) -> dict[str, Any] | None:
+    """An object of the given form (see `_has_form`); None if there is no such file."""
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
+        if not isinstance(content, dict) or not _has_form(content, form):
+            raise ValueError(f"{path} is not what a training run writes")
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; remove it to make a report without it") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object; remove it to make a report without it")
+        raise ValueError(f"{error}: it is damaged; remove it to make a report without it") from error
     return content
+
+
+def _has_form(value: Any, form: Any) -> bool:
+    """Whether JSON is of a type, or one of several; a list of such; an object whose (known) keys are."""
+    if isinstance(form, list):
+        return isinstance(value, list) and all(_has_form(item, form[0]) for item in value)
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(
+            _has_form(item, form.get(key, form.get(..., object))) for key, item in value.items()
+        )
+    if isinstance(form, tuple):
+        return any(_has_form(value, one) for one in form)
+    return isinstance(value, form)

@@ -354,7 +354,7 @@ def test_the_counted_largest_batch_is_the_last_that_fits(scheme):
 
 
 def test_a_counted_largest_batch_beyond_what_is_counted_is_extended_in_a_straight_line(monkeypatch):
-    monkeypatch.setattr("rev_det.analysis.cases._MOST_COUNTED", 8)
+    monkeypatch.setattr("rev_det.analysis.cases.MOST_COUNTED", 8)
     wanted = case(CACHED, dtype="fp32")
     low, high = (Counting().count(case(CACHED, dtype="fp32", batch=b)).total for b in (4, 8))
     limit = high + 100 * (high - low)

@@ -139,9 +139,9 @@ def test_an_existing_file_is_replaced_only_on_request(files):
 @pytest.mark.parametrize(
     "out, error, words",
     [
-        ("new.pyth", ValueError, r"must end in .pth or .safetensors, got .*new\.pyth"),
-        ("nowhere/new.pth", FileNotFoundError, "there is no folder .*nowhere"),
-        ("folder.pth", ValueError, r"folder\.pth is there already"),
+        ("new.pyth", ValueError, r"new\.pyth cannot be written: .* end with .pth or .safetensors"),
+        ("nowhere/new.pth", FileNotFoundError, "the folder .*nowhere does not exist"),
+        ("folder.pth", ValueError, r"folder\.pth cannot be written: it is a folder"),
     ],
 )
 def test_a_place_that_cannot_be_written_to_is_named(files, out, error, words):
@@ -161,13 +161,12 @@ def test_a_source_that_is_not_whole_is_refused(official_vit, tmp_path):
 def test_a_failure_while_writing_leaves_everything_as_it_was(files, monkeypatch):
     (files / "new.pth").write_text("mine")
 
-    def fail(data, path):
-        with open(path, "wb") as f:
-            f.write(b"half")
-        raise OSError("no space left on device")
+    def fail(data, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(rewriting.torch, "save", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match=r"new\.pth cannot be written: No space left on device; .* free"):
         rewrite_weights(files / "vit.pyth", files / "new.pth", overwrite=True)
     assert (files / "new.pth").read_text() == "mine"
     assert sorted(os.listdir(files)) == ["mvit.pyth", "new.pth", "vit.pyth"]

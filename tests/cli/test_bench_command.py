@@ -138,6 +138,13 @@ def test_any_detectron2_config_is_counted(tmp_path):
     [
         (["--size", "800"], "--size must be HEIGHTxWIDTH in pixels, such as 800x1344; got '800'"),
         (["--size", "0x32"], "--size must be HEIGHTxWIDTH"),
+        (["--size", "99999x99999"], "--size 99999x99999 has more than 268 million pixels"),
+        (["--batch", "1000000", "--size", "64x64"], "1000000 images of 64x64 would take very long to count"),
+        (["--batch", "1000"], "1000 images of 800x1344 would take very long to count"),
+        (
+            ["--depth", "1000000", "--size", "64x64"],
+            "2 images of 64x64 at depth 1000000 would take very long",
+        ),
         (["--activations", "stored"], "--activations must be some of"),
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--depth", "0"], "--depth must be at least 1, got 0"),
@@ -155,7 +162,7 @@ def test_any_detectron2_config_is_counted(tmp_path):
         (["--opts", "MODEL.MASK_ON", "False"], "--opts needs a --config-file"),
         (["--config-file", "missing.yaml"], "missing.yaml does not exist"),
         (["--json", "missing/a.json"], "the folder missing does not exist"),
-        (["--csv", "../"], "'../' cannot be written: it is a folder"),
+        (["--csv", "../"], "../ cannot be written: it is a folder"),
         (["--plot", "a.xyz"], "a.xyz cannot be written: its name must end with .png or .pdf or .svg"),
         (["--memory-limit", "1GB"], "--memory-limit changes nothing here: give --max-batch"),
         (["--config-file", NANO, "--opts", "MODEL.META_ARCHITECTURE", "Other"], "the config cannot be built"),

@@ -63,7 +63,7 @@ def test_a_check_without_detections_is_said_to_be_little(run, capsys):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--output", "a.txt"], "--output a.txt must end with .pt or .ts"),
+        (["--output", "a.txt"], "--output a.txt cannot be written: its name must end with .pt or .ts"),
         (
             ["--format", "torch-export", "--output", "a.pt2"],
             "what works: torchscript and onnx of the detector",

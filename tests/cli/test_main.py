@@ -2,6 +2,8 @@
 
 import logging
 import re
+import subprocess
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -116,3 +118,21 @@ def test_the_console_command_is_main():
     ((name, target),) = re.findall(r'"console_scripts": \["([\w-]+) = ([\w.:]+)"\]', SETUP.read_text())
     assert name == "rev-det"
     assert EntryPoint(name, target, "console_scripts").load() is main
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_one_line(error, monkeypatch, capsys):
+    install(monkeypatch, Failing(error))
+    assert main(["failing"]) == 2
+    assert capsys.readouterr().err.startswith("error: the memory of this machine does not suffice")
+
+
+def test_who_reads_no_further_ends_a_command_quietly():
+    code = "import sys; from rev_det.cli import main; sys.stdin.read(); sys.exit(main(['doctor']))"
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], **streams)
+    process.stdout.close()
+    process.stdin.close()
+    error = process.stderr.read().decode()
+    assert process.wait() == 141
+    assert "Error" not in error and "Exception" not in error

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from rev_det.data import validation
+from rev_det import files
 from rev_det.data.validation import check_coco_json
 
 RLE = {"size": [40, 60], "counts": [100, 200, 2100]}
@@ -59,7 +59,7 @@ def test_unreadable_file_is_named(content, write, images, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     # Not by file permissions: root may read everything.
-    monkeypatch.setattr(validation, "open", refuse, raising=False)
+    monkeypatch.setattr(files, "open", refuse, raising=False)
     with pytest.raises(ValueError, match=r"annotations\.json cannot be read: Permission denied"):
         check(write(content), images)
 
@@ -109,6 +109,16 @@ def test_required_fields_are_named_with_their_record(content, write, images, sec
         ("annotations", "bbox", [1, 2, 3], r"annotations\[0\] \(id 1\): 'bbox' is \[1, 2, 3\], expected"),
         ("annotations", "bbox", [1, 2, "3", 4], "expected four finite numbers"),
         ("annotations", "bbox", [1, 2, float("nan"), 4], "expected four finite numbers"),
+        ("annotations", "bbox", [1, 2, True, 4], "expected four finite numbers"),
+        ("annotations", "bbox", [1, 2, 10**400, 4], "expected four finite numbers"),
+        ("annotations", "segmentation", [[0, 0, True, 0, 5, 5]], "a coordinate that is not a finite number"),
+        ("annotations", "segmentation", [[0, 0, 1e18, 0, 5, 5]], r"a coordinate of 1e\+18, but image 0.png"),
+        (
+            "annotations",
+            "segmentation",
+            [[0, 0, 9, 0, 9, 9], [0, -601, 9, 0, 5, 5]],
+            "a coordinate of 601, .* is 60x40",
+        ),
         ("annotations", "iscrowd", 2, "'iscrowd' is 2, expected 0 or 1"),
         ("annotations", "ignore", 1, "'ignore' is not supported"),
         ("annotations", "area", -5, r"annotations\[0\] \(id 1\): 'area' is -5, expected a number of pixels"),
@@ -255,3 +265,16 @@ def test_a_few_images_from_the_whole_file_are_there_to_be_tried(content, write, 
     path = os.path.join(images, "0.png")
     assert all(entry == {**sample[0], "image_id": entry["image_id"]} for entry in sample)
     assert sample[0] == {"file_name": path, "image_id": 0, "height": 40, "width": 60}
+
+
+def test_only_images_that_may_be_extreme_are_remembered(content, write, images):
+    assert check(write(content), images).extreme == ()
+    content["images"][1] |= {"width": 60, "height": 3001}
+    (entry,) = check(write(content), images).extreme
+    assert (entry["height"], entry["width"]) == (3001, 60) and entry["file_name"].endswith("1.png")
+
+
+def test_nesting_without_end_is_named(images, tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"dataset '\w+': .*deep\.json is not JSON that can be read"):
+        check(str(tmp_path / "deep.json"), images)

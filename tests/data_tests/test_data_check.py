@@ -196,7 +196,7 @@ def test_a_turned_photo_is_checked_as_it_is_seen(good, check, images):
     assert "0.png (40x60, not 60x40)" in error
 
 
-@pytest.mark.parametrize("text, message", [("[]", "holds a list"), ("{", "is not JSON")])
+@pytest.mark.parametrize("text, message", [("[]", "holds a list"), ("{", "is not valid JSON")])
 def test_what_is_no_annotation_file_is_an_error(tmp_path, images, text, message):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=message):

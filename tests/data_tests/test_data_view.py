@@ -94,11 +94,19 @@ def test_arguments_that_do_not_go(pets, tmp_path, capsys, options, words):
     assert words in capsys.readouterr().err
 
 
-def test_a_broken_image_is_named_with_the_way_on(pets, images, tmp_path, capsys):
+def test_images_that_cannot_be_drawn_are_named_and_left_out(pets, images, tmp_path, capsys):
     open(os.path.join(images, "1.png"), "w").write("no image")
-    assert sheet(pets, tmp_path / "sheet.png") == 2
-    err = capsys.readouterr().err
-    assert "1.png cannot be decoded" in err and "rev-det data check" in err
+    Image.new("RGB", (20000, 20)).save(os.path.join(images, "2.png"))
+    assert sheet(pets, tmp_path / "sheet.png") == 1
+    assert Image.open(tmp_path / "sheet.png").size == (448, 448)
+    first, broken, narrow = capsys.readouterr().err.splitlines()
+    assert first == "2 of 3 images could not be drawn:"
+    assert "1.png: cannot identify image file" in broken
+    assert "2.png: it has 20000 x 20 pixels; reduced to 448, nothing is left" in narrow
+    open(os.path.join(images, "0.png"), "w").write("no image")
+    assert sheet(pets, tmp_path / "other.png") == 2
+    assert "no image of dataset 'pets' can be drawn, the first is" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*other*"))
 
 
 def test_classes_without_an_image_are_named(pets, content, write, images):

@@ -3,13 +3,17 @@
 import contextlib
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.env import seed_all_rng
+from PIL import Image
 from torch import nn
 
+from rev_det.data import generate_shapes, validation
 from rev_det.engine import Trainer, argument_parser, load_config, main
 from rev_det.engine.evaluation import check_test_augmentation, evaluate_with_augmentation, evaluating
 
@@ -176,3 +180,48 @@ def test_metrics_and_results_files_have_the_ap_of_each_class(tiny_run, nano_mvit
             assert row[task] == (None if np.isnan(value) else value)
     assert results["metrics"]["bbox"]["AP"] == last["bbox/AP"]
     assert sum(row["instances"] for row in results["per_class"].values()) > 0
+
+
+@pytest.fixture
+def extreme(tmp_path):
+    """A --dataset "extreme" of three images of shapes, a narrow one and one of too many pixels."""
+    annotations, images = generate_shapes(str(tmp_path / "data"), "train", num_images=3, size=64)
+    content = json.loads(Path(annotations).read_text())
+    for key, size in ((100, (900, 2)), (101, (300, 200))):
+        Image.new("RGB", size).save(f"{images}/{key}.png")
+        content["images"].append({"id": key, "file_name": f"{key}.png", "width": size[0], "height": size[1]})
+        box = {"bbox": [0, 0, 2, 2], "segmentation": [[0, 0, 2, 0, 2, 2]], "area": 2, "iscrowd": 0}
+        content["annotations"].append(box | {"id": key, "image_id": key, "category_id": 1})
+    Path(annotations).write_text(json.dumps(content))
+    yield f"extreme={annotations}:{images}"
+    DatasetCatalog.pop("extreme", None)
+    MetadataCatalog.pop("extreme", None)
+
+
+@pytest.mark.parametrize("augmentation", [(), TTA])
+def test_extreme_images_are_left_out_of_an_evaluation_by_name(
+    extreme, nano_mvit, tiny_run, tmp_path, capsys, monkeypatch, augmentation
+):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300 * 200 - 1)
+    monkeypatch.setattr(validation, "_EXTREME_SIDE", 250)
+    opts = ("INPUT.MAX_SIZE_TEST", "128", "TEST.DETECTIONS_PER_IMAGE", "20", *augmentation)
+    opts += ("MODEL.REV.STRICT_WEIGHTS", "False", "DATASETS.TRAIN", "()", "DATASETS.TEST", "('extreme',)")
+    words = tiny_run(nano_mvit, *opts, options=("--eval-only",))
+    words[words.index("--dataset") + 1] = extreme
+    assert main(words) == 1
+    first, narrow, large = capsys.readouterr().err.splitlines()[-3:]
+    assert first == "2 test images were left out, and count as without detections:"
+    assert "100.png: it has 900 x 2 pixels; reduced to 128, nothing is left of its shorter side" in narrow
+    assert "101.png: it has 300 x 200 pixels, more than 0 million pixels" in large
+    results = json.loads((tmp_path / "output/inference/extreme/coco_instances_results.json").read_text())
+    assert len({result["image_id"] for result in results}) == 3
+
+
+def test_extreme_images_are_no_training_data(extreme, nano_mvit, tiny_run, tmp_path, capsys):
+    names = ("DATASETS.TRAIN", "('extreme',)", "DATASETS.TEST", "()")
+    words = tiny_run(nano_mvit, "INPUT.MAX_SIZE_TRAIN", "128", *names)
+    words[words.index("--dataset") + 1] = extreme
+    assert main(words) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "dataset 'extreme': " in error and "100.png cannot be trained on: it has 900 x 2 pixels" in error
+    assert not (tmp_path / "output").exists()

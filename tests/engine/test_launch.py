@@ -73,6 +73,30 @@ def test_the_console_stays_readable_and_the_log_has_it_all(tiny_run, nano_mvit, 
         assert text.count("Command line arguments: ") == text.count("Training is complete") == 1
 
 
+def test_a_disk_that_is_full_is_told_once_without_tracebacks(tiny_run, nano_mvit, tmp_path):
+    code = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
+        f"sys.argv.pop(0); runpy.run_path({str(REPOSITORY / 'train_net.py')!r}, run_name='__main__')"
+    )
+    words = ["train_net.py", *tiny_run(nano_mvit, "DATASETS.TEST", "()")]
+    command = [sys.executable, "-W", "ignore", "-c", code, *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("warning", "error"))]
+    output = tmp_path / "output"
+    assert lines[0] == (
+        f"warning: the log goes on without {output}/log.txt, which cannot be written: File too large"
+    )
+    assert re.fullmatch(
+        rf"error: {output}/model_final.pth cannot be written: File too large; \d+ MiB are free in {output}; "
+        "the last checkpoint is none. Make room and go on with --resume",
+        lines[1],
+    )
+    assert len(lines) == 2 and "the last checkpoint" not in done.stdout
+    assert not list(output.glob(".part*")) and not (output / "run.lock").exists()
+
+
 def test_without_torch_the_program_names_the_way_out_in_one_line():
     # Isolated and without site-packages, where torch is.
     command = [sys.executable, "-I", "-S", str(REPOSITORY / "train_net.py"), "--help"]

@@ -160,3 +160,33 @@ def test_annotated_images_come_first_and_the_others_are_not_refused(grey_images,
     assert len(columns) == 4
     first_rows = [column[: len(column) // 2] for column in columns]
     assert [is_grey(tile) for tile in first_rows] == [False, True, True, True]
+
+
+def test_images_that_cannot_be_drawn_are_left_out_by_name(grey_images, tmp_path, caplog):
+    Image.new("RGB", (900, 1)).save(tmp_path / "0.png")
+    (tmp_path / "1.png").write_text("no image")
+    assert len(sheet(grey_images, tmp_path / "sheet.png", score=0.3)) == 2
+    assert "0.png is left out of" in caplog.text and "1.png is left out of" in caplog.text
+    assert "it has 900 x 1 pixels; reduced to 448, nothing is left" in caplog.text
+
+
+def test_a_model_without_instances_has_no_picture(grey_images, tmp_path):
+    cfg = get_cfg()
+    add_rev_det_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+
+    class Proposals(torch.nn.Module):
+        def forward(self, inputs):
+            return [{"proposals": None}]
+
+    assert not draw_predictions(cfg, Proposals(), grey_images, str(tmp_path / "sheet.png"))
+    assert not (tmp_path / "sheet.png").exists()
+
+
+def test_lines_that_are_no_records_are_left_out_with_a_warning(tmp_path, caplog):
+    path = tmp_path / "metrics.json"
+    damaged = [b"[1]", b'{"lr": 1}', b'{"iteration": "x"}', b'{"iteration": true}', b"\xff\x00", b"[" * 9999]
+    good = b'{"iteration": 3, "lr": 1, "loss": "text", "total_loss": null}'
+    path.write_bytes(b"\n".join([*damaged, good, b'{"iteration": 4, "x": %s}' % (b"9" * 5000)]))
+    assert read_metrics(str(path)) == [{"iteration": 3, "lr": 1}]
+    assert "metrics.json: 7 lines are damaged or incomplete" in caplog.text

@@ -172,8 +172,10 @@ def test_bad_keys_and_values_are_named(check, opts, message):
         "INPUT.FORMAT": ("foo", "''", "1"),
         "INPUT.MASK_FORMAT": ("foo",),
         "INPUT.RANDOM_FLIP": ("foo",),
-        "INPUT.MIN_SIZE_TRAIN": ("()", "64", "('64',)"),
+        "INPUT.MIN_SIZE_TRAIN": ("()", "64", "('64',)", "(64, 1)"),
+        "INPUT.MAX_SIZE_TRAIN": ("1",),
         "INPUT.MAX_SIZE_TEST": ("0",),
+        "SEED": ("4294967296",),
         "INPUT.AUGMENTATION": ("foo",),
         "MODEL.PIXEL_MEAN": ("[1.0, 2.0]", "[]", "None"),
         "MODEL.PIXEL_STD": ("[0.0, 1.0, 1.0]", "['a', 'b', 'c']"),
@@ -191,7 +193,7 @@ def test_bad_keys_and_values_are_named(check, opts, message):
         "MODEL.ROI_HEADS.IN_FEATURES": ("['p9']",),
         "MODEL.ANCHOR_GENERATOR.SIZES": ("[[8], [16]]",),
         "TEST.EXPECTED_RESULTS": ("[1]", "[['bbox', 'AP', 50.0]]"),
-        "OUTPUT_DIR": ("''", __file__),
+        "OUTPUT_DIR": ("''", __file__, f"{__file__}/below/it"),
     }.items(),
 )
 def test_values_that_a_run_would_stumble_over_are_named_with_their_key(check, key, values):
@@ -297,6 +299,7 @@ def test_training_data_of_crowd_regions_alone_are_an_error(own_data, tiny_run, n
         (("--num-gpus", "3"), ("MODEL.DEVICE", "cpu"), "IMS_PER_BATCH is 8, which 3 processes"),
         (("--num-machines", "2", "--machine-rank", "2"), (), "--machine-rank 2 must be from 0 to 1"),
         (("--num-machines", "2"), (), "--num-machines above 1 needs --dist-url"),
+        (("--num-gpus", "2"), ("MODEL.DEVICE", "cpu", "SEED", "4294967295"), "SEED .* most 4294967294"),
         (("--eval-only",), (), "no weights to evaluate: set MODEL.WEIGHTS"),
         (("--eval-only",), ("DATASETS.TEST", "()"), "DATASETS.TEST is empty"),
         (("--dataset", "nonsense"), (), "--dataset 'nonsense'"),

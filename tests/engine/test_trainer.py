@@ -1,6 +1,8 @@
 """Training, evaluation and resuming, through the same function as the command."""
 
 import json
+import logging
+import os
 import re
 from signal import SIGTERM, getsignal
 
@@ -10,6 +12,7 @@ from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer
 from detectron2.engine.hooks import CallbackHook
 from detectron2.utils.events import EventStorage
+from detectron2.utils.logger import setup_logger
 
 from rev_det.engine import Trainer, argument_parser, load_config, main, run
 
@@ -178,3 +181,41 @@ def test_the_same_seed_gives_the_same_losses(tiny_run, nano_mvit, tmp_path):
         record = json.loads((tmp_path / name / "metrics.json").read_text().splitlines()[-1])
         losses.append(record["total_loss"])
     assert losses[0] == losses[1]
+
+
+def test_a_proposal_network_trains_is_evaluated_and_has_no_picture(tiny_run, nano_mvit, tmp_path, caplog):
+    opts = ("MODEL.META_ARCHITECTURE", "ProposalNetwork", "MODEL.MASK_ON", "False")
+    assert main(tiny_run(nano_mvit, *opts)) == 0
+    assert "box_proposals/AR@100" in json.loads((tmp_path / "output/summary.json").read_text())["metrics"]
+    assert not (tmp_path / "output/predictions.png").exists()
+
+
+@pytest.mark.parametrize(
+    "damage, opts, message",
+    [
+        (True, (), "model_final.pth is damaged or truncated"),
+        (False, ("SOLVER.OPTIMIZER", "SGD"), "cannot be resumed from: .*SOLVER.OPTIMIZER is 'SGD', and was"),
+        (
+            False,
+            ("SOLVER.LAYER_DECAY", "0.7"),
+            "cannot be resumed from: .*different number of parameter group",
+        ),
+        (False, ("MODEL.ROI_BOX_HEAD.FC_DIM", "64"), "FC_DIM|box_head"),
+    ],
+)
+def test_a_run_that_cannot_be_resumed_changes_nothing(
+    tiny_run, nano_mvit, tmp_path, capsys, damage, opts, message
+):
+    output, settings = tmp_path / "output", ("DATASETS.TEST", "()", "SOLVER.BASE_LR", "0.001")
+    assert main(tiny_run(nano_mvit, *settings)) == 0
+    if damage:
+        os.truncate(output / "model_final.pth", 1000)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    # As in another process.
+    setup_logger.cache_clear()
+    for name in ("detectron2", "fvcore", "rev_det"):
+        logging.getLogger(name).handlers.clear()
+    words = tiny_run(nano_mvit, *settings, "SOLVER.MAX_ITER", "4", *opts, options=("--resume",))
+    assert main(words) == 2
+    assert re.search(f"^error: .*{message}", capsys.readouterr().err, re.M)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rev_det.modeling.recompute import CallRecord, OutputLinear, recompute
 from test_reversible import DIM, assert_same, blocks, step, stream
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from rev_det.modeling.recompute import CallRecord, OutputLinear, recompute
 from rev_det.modeling.reversible import ACTIVATIONS, ReversibleSequence
 
 

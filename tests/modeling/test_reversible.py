@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
+from rev_det.modeling.recompute import OutputLinear, recompute
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
-from rev_det.modeling.recompute import OutputLinear, recompute
 from rev_det.modeling.reversible import ACTIVATIONS, ReversibleSequence
 
 DIM = 8

@@ -6,11 +6,13 @@ import re
 import cv2
 import numpy as np
 import pytest
+from detectron2.modeling import GeneralizedRCNN
 from nano_detector import save_image
+from PIL import Image
 from pycocotools.coco import COCO
 
 from rev_det.cli import main
-from rev_det.predict import find_sources, read_frames
+from rev_det.predict import Detector, find_sources, read_frames
 
 
 @pytest.fixture
@@ -120,3 +122,50 @@ def test_what_the_user_can_mend_is_one_line(nano_run, photos, tmp_path, capsys, 
     arguments = [word.format(run=nano_run, photos=photos) for word in arguments]
     assert main(["predict", *arguments, "--device", "cpu", "--output", str(tmp_path / "out")]) == 2
     assert re.search(rf"^error: .*{words}.*$", capsys.readouterr().err, re.M)
+
+
+def test_extreme_images_are_named_and_skipped(nano_run, photos, tmp_path, capsys, monkeypatch):
+    Image.new("RGB", (900, 2)).save(photos / "1.png")
+    Image.new("RGB", (200, 100)).save(photos / "2.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200 * 100 - 1)
+    assert command(nano_run, photos, tmp_path / "out", "--batch-size", 2) == 1
+    out, err = capsys.readouterr()
+    assert "objects in 1 file" in out and "2 of 3 files could not be read:\n" in err
+    assert "/1.png: it has 900 x 2 pixels; reduced to 96, nothing is left of its shorter side" in err
+    assert "/2.png: it has 200 x 100 pixels, more than 0 million pixels, or 65500 a side" in err
+    assert [i["id"] for i in json.loads((tmp_path / "out/images.json").read_text())["images"]] == [1]
+
+
+def test_an_image_that_does_not_fit_into_memory_is_named_and_skipped(
+    nano_run, photos, tmp_path, capsys, monkeypatch
+):
+    save_image(photos / "1.png", 1, height=80)
+    prepare = Detector._prepare
+
+    def fail_later(self, image):
+        prepared = prepare(self, image)
+        return prepared | ({"image": None} if image.shape[0] == 80 else {})
+
+    def run_out(self, inputs):
+        if any(item["image"] is None for item in inputs):
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+            )
+        return real(self, inputs)
+
+    real = GeneralizedRCNN.forward
+    monkeypatch.setattr(Detector, "_prepare", fail_later)
+    monkeypatch.setattr(GeneralizedRCNN, "forward", run_out)
+    assert command(nano_run, photos, tmp_path / "out", "--threshold", 0.2) == 1
+    out, err = capsys.readouterr()
+    assert "objects in 2 files" in out
+    assert f"1 of 3 files could not be read:\n  {photos}/1.png: the image does not fit into memory\n" in err
+    assert command(nano_run, photos, tmp_path / "out", "--batch-size", 3) == 2
+    assert "error: 3 images at a time do not fit into memory; lower --batch-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"images": [{"id": "1", "file_name": "1.png"}]}', "[]"])
+def test_a_file_with_ids_that_is_none_is_named(nano_run, photos, tmp_path, capsys, content):
+    (tmp_path / "ids.json").write_text(content)
+    assert command(nano_run, photos, tmp_path / "out", "--dataset-json", tmp_path / "ids.json") == 2
+    assert re.search(r"^error: .*ids\.json is not", capsys.readouterr().err, re.M)

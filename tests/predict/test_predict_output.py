@@ -54,14 +54,28 @@ def grey_video(path, frames, rate=10.0, size=(WIDTH, HEIGHT)) -> str:
     return str(path)
 
 
-class OneBee:
+class Finding:
+    """A detector that takes any image, and finds what a function says."""
+
+    def __init__(self, find):
+        self.find = find
+
+    def check(self, image):
+        pass
+
+    def __call__(self, images):
+        return self.find(images)
+
+
+class OneBee(Finding):
     """Detects one bee, moving by a pixel with every picture, and remembers the sizes of its batches."""
 
     def __init__(self):
+        super().__init__(self.found)
         self.batches = []
         self.seen = 0
 
-    def __call__(self, images):
+    def found(self, images):
         self.batches.append(len(images))
         found = []
         for image in images:
@@ -193,7 +207,7 @@ def test_errors_of_the_detector_are_not_taken_for_bad_images_and_leave_earlier_r
     run([path], tmp_path / "out")
     with pytest.raises(ValueError, match="out of memory"):
         with PredictionWriter(str(tmp_path / "out"), CLASS_NAMES) as writer:
-            predict(failing, find_sources([path]), writer)
+            predict(Finding(failing), find_sources([path]), writer)
     assert len(written(tmp_path / "out", "predictions.json")) == 1
 
 
@@ -210,7 +224,7 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path):
     path = grey_video(tmp_path / "clip.avi", 4)
     with pytest.raises(KeyboardInterrupt):
         with PredictionWriter(str(tmp_path / "out"), CLASS_NAMES) as writer:
-            predict(interrupted, find_sources([path]), writer)
+            predict(Finding(interrupted), find_sources([path]), writer)
     assert len(written(tmp_path / "out", "predictions.json")) == 2
     (out,) = find_sources([str(tmp_path / "out" / "clip.*")])
     assert out.num_frames() == 2
@@ -226,7 +240,7 @@ def test_without_pictures_there_is_json_alone(tmp_path):
 def test_nothing_found_is_an_empty_list_and_a_picture(tmp_path):
     with PredictionWriter(str(tmp_path / "out"), CLASS_NAMES) as writer:
         predict(
-            lambda images: [instances()[torch.tensor([False])] for _ in images],
+            Finding(lambda images: [instances()[torch.tensor([False])] for _ in images]),
             find_sources([grey_image(tmp_path / "a.png")]),
             writer,
         )
@@ -246,7 +260,9 @@ def test_pictures_never_take_the_place_of_what_they_are_made_of(tmp_path):
 
 def test_a_file_of_images_without_names_is_refused(tmp_path):
     (tmp_path / "a.json").write_text('{"images": [{"id": 1}]}')
-    with pytest.raises(ValueError, match="a.json is not in COCO's format: images need file_name and id"):
+    with pytest.raises(
+        ValueError, match="a.json is not in COCO's format: images need a file_name and a whole"
+    ):
         PredictionWriter(str(tmp_path / "out"), CLASS_NAMES, str(tmp_path / "a.json"))
 
 
@@ -254,6 +270,13 @@ def test_a_batch_of_none_is_refused(tmp_path):
     with PredictionWriter(str(tmp_path / "out"), CLASS_NAMES) as writer:
         with pytest.raises(ValueError, match="--batch-size must be at least 1, got 0"):
             predict(OneBee(), [], writer, 0)
+
+
+def test_a_video_that_a_full_disk_cuts_short_is_an_error_and_not_kept(tmp_path, full_disk):
+    path = grey_video(tmp_path / "clip.avi", 9)
+    with full_disk(600), pytest.raises(OSError, match=r"clip\.mp4 cannot be written: \d of 9 frames"):
+        run([path], tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*clip*"))
 
 
 def test_a_video_that_no_codec_can_write_is_an_error(tmp_path):
