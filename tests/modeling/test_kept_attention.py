@@ -125,8 +125,8 @@ class Checkpointed(Attention):
         return checkpoint(super().forward, x, use_reentrant=False)
 
 
-class Nested(nn.Module):
-    """A sequence inside F."""
+class Nested(Attention):
+    """A sequence inside F, before an attention."""
 
     def __init__(self, activations, keep_attention):
         super().__init__()
@@ -134,7 +134,7 @@ class Nested(nn.Module):
 
     def forward(self, x):
         y1, y2 = self.inner(x, x.cos())
-        return y1 + y2
+        return super().forward(y1 + y2)
 
 
 NESTED = [partial(Nested, *options) for options in itertools.product(ACTIVATIONS, (True, False))]
@@ -149,6 +149,14 @@ def test_checkpoints_and_sequences_inside_f(F, activations, keep_attention):
     body = blocks(2, F=F)
     expected = step(ReversibleSequence(body, "cached"), x1, x2)
     assert_same(step(ReversibleSequence(body, activations, keep_attention), x1, x2), expected)
+
+
+def test_attention_of_f_is_kept_beside_a_sequence_inside_f():
+    sequence = ReversibleSequence(blocks(2, F=partial(Nested, "reversible", True)), keep_attention=True)
+    with Count() as count:
+        step(sequence, stream(), stream())
+    # In each block three attentions, of which the two in the inner sequence have no tape of their own.
+    assert count.runs["forward"] == 2 * (3 + 2)
 
 
 class InPlace(Attention):

@@ -379,13 +379,14 @@ def test_bfloat16_autocast_is_as_close_to_float32_as_ordinary_autograd_is():
     assert error_reversible < 1.01 * error_cached
 
 
-def test_half_precision_streams_become_float32_under_autocast():
-    x = stream(dtype=torch.bfloat16).requires_grad_()
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_half_precision_streams_become_float32_under_autocast(activations):
+    x1, x2 = (stream(dtype=torch.bfloat16, seed=seed).requires_grad_() for seed in (1, 2))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y1, _ = ReversibleSequence(blocks(2, dtype=torch.float32))(x, x)
-    assert y1.dtype == torch.float32
-    y1.sum().backward()
-    assert x.grad.dtype == torch.bfloat16
+        y1, y2 = ReversibleSequence(blocks(2, dtype=torch.float32), activations)(x1, x2)
+    assert y1.dtype == y2.dtype == torch.float32
+    (y1 * y2).sum().backward()
+    assert x1.grad.dtype == x2.grad.dtype == torch.bfloat16
 
 
 def test_activation_memory_is_flat_in_depth():
