@@ -19,17 +19,16 @@ from typing import Any
 from unittest import mock
 
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from rev_det.analysis.cases import Case, Counting
 from rev_det.analysis.peers import CACHED, MODELS, REVERSIBLE, REVERSIBLE_KEPT
 from rev_det.analysis.report import COUNTED, Figure, Report, Row, describe_machine
 from rev_det.files import check_output
-from rev_det.modeling import attention, fusion, layers, rev_mvit, reversible
-from rev_det.modeling.attention import MultiHeadPoolingAttention
+from rev_det.modeling import attention, fusion, layers, rev_mvit
 from rev_det.modeling.backbone import ReversibleBackbone
 from rev_det.modeling.layers import AttentionBranch
-from rev_det.modeling.recompute import OutputLinear
+from rev_det.modeling.repetition import WHOLE
 
 MVIT = Case("Rev-MViT-B", MODELS["rev_mvit_b"], REVERSIBLE_KEPT, 2, (800, 1344), "bf16", 16)
 VIT = Case("Rev-ViT-B", MODELS["rev_vit_b"], REVERSIBLE, 256, (224, 224), "fp32", 12)
@@ -92,27 +91,6 @@ def changed(*replacements: tuple[Any, str, Any], **arguments: Any) -> Iterator[d
         yield arguments
 
 
-def all_projected_first(self: MultiHeadPoolingAttention, x: Tensor, hw: tuple[int, int]) -> Tensor:
-    """`MultiHeadPoolingAttention.forward`, but q, k and v are all there before the first is pooled."""
-    ready = {name: _Ready(getattr(self, name)(x)) for name in "qkv"}
-    with mock.patch.dict(self._modules, ready):
-        return self.proj(self.attend(*(self.project(name, x, hw) for name in "qkv")))
-
-
-class _Ready(nn.Module):
-    def __init__(self, value: Tensor):
-        super().__init__()
-        self.value = value
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.value
-
-
-def two_streams(blocks, masks, keep_attention, x1, x2, args, run=reversible._run_reversible):
-    """A reversible run that does not see that a stage starts with equal streams."""
-    return run(blocks, masks, keep_attention, x1, x2.clone(), args)
-
-
 def unchanged(x: Tensor) -> Tensor:
     return x
 
@@ -123,35 +101,22 @@ def norm_at_once(self, norm, x1: Tensor, x2: Tensor) -> Tensor:
 
 LEVERS: dict[str, Callable[[], Any]] = {
     "none": changed,
-    "MLPs, scale norms and attention in parts": lambda: changed((layers, "CHUNK_VALUES", 2**62)),
+    "MLPs, scale norms and attention in parts": lambda: changed((layers, "PART_VALUES", 2**62)),
     "of these, attention in parts of the batch": lambda: changed(
-        (AttentionBranch, "sample_chunks", lambda self, x: 1)
+        (AttentionBranch, "parts", lambda self, x: WHOLE)
     ),
     "a norm's output cast once for all that read it": lambda: changed(
         *((module, "to_autocast_dtype", unchanged) for module in (attention, fusion, layers, rev_mvit))
     ),
-    "q, k and v each pooled before the next is projected": lambda: changed(
-        (MultiHeadPoolingAttention, "forward", all_projected_first)
-    ),
     "scale norms recomputed": lambda: changed((ReversibleBackbone, "normalise", norm_at_once)),
     "transitions recomputed": lambda: changed(transitions="cached"),
     "attention kept": lambda: changed(keep_attention=False),
-    "last products skipped where their value is known": lambda: changed(
-        (OutputLinear, "forward", nn.Linear.forward)
-    ),
-    "the equal streams at a stage's start kept": lambda: changed(
-        (reversible, "_run_reversible", two_streams)
-    ),
-    "what the backward pass has used let go": lambda: changed((reversible, "_graph_is_kept", lambda: True)),
 }
-# The others are of pooling, transitions and bfloat16.
+# The others are of transitions, bfloat16 and kept attention.
 OF_REV_VIT = (
     "none",
     "MLPs, scale norms and attention in parts",
     "of these, attention in parts of the batch",
-    "last products skipped where their value is known",
-    "the equal streams at a stage's start kept",
-    "what the backward pass has used let go",
 )
 # The others are of recomputing.
 OF_ORDINARY_TRAINING = ("none", "a norm's output cast once for all that read it")

@@ -13,12 +13,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -44,11 +46,18 @@ def keep_attention_policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in FUSED_ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Autocast's type on x's device; None without autocast, which the meta device never has."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
 def to_autocast_dtype(x: Tensor) -> Tensor:
     """Cast once what several layers would cast each for itself under autocast."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+    dtype = autocast_dtype(x) if x.is_floating_point() else None
+    return x if dtype is None else x.to(dtype)
 
 
 class KeptResult(NamedTuple):
@@ -94,7 +103,7 @@ class AttentionTape:
             return out
         result = self.results[self._position] if self._position < len(self.results) else None
         self._position += 1
-        if result is None:
+        if result is None or _hooks_on_saved_tensors():
             return scaled_dot_product_attention(q, k, v, scale=scale)
         return _KeptAttention.apply(result.kernel, scale, q, k, v, *result.tensors)
 
@@ -125,15 +134,27 @@ def _compute(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tens
     """The attention, and what its backward pass will need besides q, k and v."""
     # Which kernel torch chooses, and whether that returns the log-sum-exp, depends on whether gradients are
     # wanted: they will be in the repeated call.
-    with torch.enable_grad():
+    # Hooks, of torch.utils.checkpoint for instance, would take what is read below for the backward pass.
+    hooks = saved_tensors_hooks(_same, _same) if _hooks_on_saved_tensors() else nullcontext()
+    with torch.enable_grad(), hooks:
         out = scaled_dot_product_attention(*(x.detach().requires_grad_() for x in (q, k, v)), scale=scale)
     node, out = out.grad_fn, out.detach()
     kernel = type(node).__name__
     if kernel not in _KERNELS:
-        _say_not_kept(kernel, tuple(q.shape), str(q.dtype))
+        if out.numel() and not out.is_meta:
+            _say_not_kept(kernel, q.shape[-1], str(q.dtype))
         return out, None
     saved = (getattr(node, f"_saved_{name}") for name in _saved_names(type(node)))
     return out, KeptResult(kernel, (out, *(None if x is None else x.detach() for x in saved)))
+
+
+def _hooks_on_saved_tensors() -> bool:
+    """Whether hooks decide what is kept here: a checkpoint inside the call computes attention for itself."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 @cache
@@ -144,11 +165,11 @@ def _saved_names(node: type) -> list[str]:
 
 
 @cache
-def _say_not_kept(kernel: str, shape: tuple[int, ...], dtype: str) -> None:
+def _say_not_kept(kernel: str, width: int, dtype: str) -> None:
     logger.warning(
-        "No fused kernel took the attention of queries %s in %s (torch chose %s): its result is not kept but "
-        "computed again in the backward pass",
-        shape,
+        "No fused kernel took the attention of heads %s wide in %s (torch chose %s): its result is not kept "
+        "but computed again in the backward pass",
+        width,
         dtype,
         kernel,
     )

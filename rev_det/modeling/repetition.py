@@ -92,6 +92,8 @@ class CallRecord:
                 list(dict.fromkeys(x for x in tensors if x is not None and x.requires_grad))
             )
         self.parameters = list(dict.fromkeys(p for own in self.parameters_of for p in own))
+        # Changes to these are to be noticed, frozen ones among them too.
+        self.read = [p for m in self.training for p in m._parameters.values() if p is not None]
         # Where each parameter and buffer is, so that the repeated calls find the same ones:
         # torch.func.functional_call, for instance, puts others there for one call.
         self.slots = [
@@ -121,10 +123,13 @@ class CallRecord:
         """Copies of such parameters in autocast's type."""
         if self.autocast is None or not self.autocast[1]:
             return {}
+        casting = [getattr(type(m), "casts_parameters", False) for *_, m in self.slots]
+        # Not what a module that reads float32 shares with them.
+        others = {x for (_, _, x, _), casts in zip(self.slots, casting, strict=True) if not casts}
         found = [
             x
-            for _, _, x, m in self.slots
-            if x.dtype is torch.float32 and getattr(type(m), "casts_parameters", False)
+            for (_, _, x, _), casts in zip(self.slots, casting, strict=True)
+            if casts and x.dtype is torch.float32 and x not in others
         ]
         return dict(zip(found, _cast(found, self.autocast[2]), strict=True))
 
@@ -146,7 +151,7 @@ class CallRecord:
         Parameters are among it, although they are not read: torch then notices if they were changed.
         """
         tensors, self._kept = self._kept, []
-        return [*self.parameters, *tensors]
+        return [*self.read, *tensors]
 
 
 class Replay:
@@ -159,7 +164,7 @@ class Replay:
 
     def __init__(self, record: CallRecord, saved: Iterator[Tensor | None]):
         self.record = record
-        for _ in record.parameters:
+        for _ in record.read:
             next(saved)
         self.results = [
             [
@@ -219,14 +224,11 @@ class Replay:
         if not (y.requires_grad and variables):
             return [None] * len(inputs)
         y = get_gradient_edge(y)  # its value has been read
-        found = iter(torch.autograd.grad(y, variables, grad, allow_unused=True))
-        result = [next(found) if want else None for want in wanted]
+        found = torch.autograd.grad(y, variables, grad, allow_unused=True)
         # torch may hand out the gradient of the result itself, which is not ours to give away.
-        self.found += [
-            (p, g.clone() if torch._C._is_alias_of(g, grad) else g)
-            for p, g in zip(parameters, found, strict=True)
-            if g is not None
-        ]
+        found = iter([g.clone() if g is not None and torch._C._is_alias_of(g, grad) else g for g in found])
+        result = [next(found) if want else None for want in wanted]
+        self.found += [(p, g) for p, g in zip(parameters, found, strict=True) if g is not None]
         return result
 
     def _again(self, function: int, number: int, inputs: Sequence) -> Tensor:
@@ -281,6 +283,19 @@ def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     if copies:
         torch._foreach_copy_(copies, tensors)
     return copies
+
+
+_TENSOR = object()
+
+
+def without_tensors(values: Sequence) -> list:
+    """What a function's context may keep of its arguments; the tensors among them are saved apart."""
+    return [_TENSOR if isinstance(x, Tensor) else x for x in values]
+
+
+def with_tensors(values: Sequence, saved: Iterator[Tensor]) -> list:
+    """The arguments again."""
+    return [next(saved) if x is _TENSOR else x for x in values]
 
 
 def split(inputs: Sequence, parts: Parts) -> list[slice]:
@@ -353,7 +368,7 @@ class _Recompute(torch.autograd.Function):
     def forward(ctx, record: CallRecord, parts: Parts, count: int, *inputs_and_parameters):
         inputs, branches = inputs_and_parameters[:count], range(1, len(record.functions))
         ctx.record, ctx.parts, ctx.branches = record, parts, branches
-        ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.inputs = without_tensors(inputs)
         y = None
         with record.first_calls():
             for bounds in split(inputs, parts):
@@ -373,7 +388,7 @@ class _Recompute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *dys):
         saved = iter(ctx.saved_tensors)
-        inputs = [next(saved) if x is None else x for x in ctx.inputs]
+        inputs = with_tensors(ctx.inputs, saved)
         wanted = ctx.needs_input_grad[3 : 3 + len(inputs)]
         dim = ctx.parts[0]
 

@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..checks import check_count, check_pair, is_whole
 from .attention import MultiHeadPoolingAttention
@@ -86,7 +85,7 @@ class StageTransition(nn.Module):
         if keep_attention:
             y = self._kept_attention(z, hw, mask_f)
         else:
-            y = checkpoint(self._attention, z, hw, mask_f, use_reentrant=False)
+            y = recompute(self._attention, z, hw, mask_f, modules=[self.widen, self.F])
         return _masked_sum(y, recompute(self.G, y, parts=self.G.parts(y)), mask_g)
 
     def _attention(self, z: Tensor, hw: tuple[int, int], mask: Tensor | None) -> Tensor:

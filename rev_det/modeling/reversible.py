@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from .kept_attention import keep_attention_policy
-from .repetition import WHOLE, CallRecord, Replay, first_calls, part, split
+from .kept_attention import autocast_dtype, keep_attention_policy
+from .repetition import WHOLE, CallRecord, Replay, first_calls, part, split, with_tensors, without_tensors
 
 ACTIVATIONS = ("reversible", "cached", "checkpoint")
 Masks = Sequence[tuple[Tensor | None, Tensor | None]]
@@ -109,7 +109,7 @@ def run_blocks(
     if len(masks) != len(blocks):
         raise ValueError(f"masks must hold one (mF, mG) for each of {len(blocks)} blocks, got {len(masks)}")
     masks = [tuple(_broadcastable(m, x1) for m in pair) for pair in masks]
-    if torch.is_autocast_enabled(x1.device.type):
+    if autocast_dtype(x1) is not None:
         # The inversion is exact only as far as the sums of the streams are.
         same, x1 = x1 is x2, _at_least_float32(x1)
         x2 = x1 if same else _at_least_float32(x2)
@@ -215,7 +215,7 @@ class _Block(torch.autograd.Function):
             y1 = F.add_to(x1, x2, *args)  # Y1 = X1 + F(X2)
             y2 = G.add_to(x2, y1)  # Y2 = X2 + G(Y1)
         ctx.run, ctx.index, ctx.record, ctx.branches = run, index, record, (F, G)
-        ctx.args = [None if isinstance(a, Tensor) else a for a in args]
+        ctx.args = without_tensors(args)
         kept = (y1, y2) if index == run.last else ()
         args = [a for a in args if isinstance(a, Tensor)]
         ctx.save_for_backward(F.mask, G.mask, *args, *record.saved(), *kept)
@@ -227,7 +227,7 @@ class _Block(torch.autograd.Function):
         F, G = ctx.branches
         F.mask, G.mask, *saved = ctx.saved_tensors
         saved = iter(saved)
-        args = [next(saved) if a is None else a for a in ctx.args]
+        args = with_tensors(ctx.args, saved)
         needs_x = any(ctx.needs_input_grad[6:8])
         needs_args = ctx.needs_input_grad[8 : 8 + len(args)]
         before = needs_x and ctx.index > 0  # whether there is a block before this one to go on with

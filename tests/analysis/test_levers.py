@@ -14,7 +14,7 @@ def test_every_lever_that_is_switched_off_is_missed():
     spec = importlib.util.spec_from_file_location("levers", SCRIPT)
     levers = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(levers)
-    cases = [replace(levers.MVIT, depth=7), replace(levers.VIT, batch=64), replace(levers.ORDINARY, depth=7)]
+    cases = [replace(levers.MVIT, depth=7), levers.VIT, replace(levers.ORDINARY, depth=7)]
     rows = levers.count_levers(cases)
     missed = {}
     for row in rows:
@@ -22,7 +22,5 @@ def test_every_lever_that_is_switched_off_is_missed():
         missed.setdefault(row.labels["switched off"], []).append(changes)
     assert missed.pop("none") == [(0, 0)] * 3
     assert len(missed) == len(levers.LEVERS) - 1
-    # At the peak of the whole step it makes no difference: another operation's is higher.
-    missed.pop("q, k and v each pooled before the next is projected")
     for name, changes in missed.items():
         assert max(max(pair) for pair in changes) > 0.1, name

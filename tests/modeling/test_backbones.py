@@ -5,6 +5,7 @@ import torch
 
 from rev_det.modeling import RevMViT, RevViT
 from rev_det.modeling.backbone import pad_to_multiple
+from rev_det.modeling.layers import ReversibleBlock
 from rev_det.modeling.reversible import ACTIVATIONS
 
 NANO = {
@@ -73,11 +74,11 @@ def test_transitions_cached_or_checkpointed_have_the_same_gradients(activations)
 def test_working_in_parts_leaves_the_gradients_equal(cls, monkeypatch):
     x = images().requires_grad_()
     expected = step(make(cls, drop_path_rate=0.4), x)
-    monkeypatch.setattr("rev_det.modeling.layers.CHUNK_VALUES", 500)
+    monkeypatch.setattr("rev_det.modeling.layers.PART_VALUES", 500)
     model = make(cls, drop_path_rate=0.4)
     tokens = torch.empty(2, 60, 8)
-    assert model.blocks[0].G.token_chunks(tokens) > 3
-    assert model.blocks[0].F.sample_chunks(tokens) == 2
+    assert model.blocks[0].G.parts(tokens) > (1, 3)
+    assert model.blocks[0].F.parts(tokens) == (0, 2)
     assert_same(step(model, x), expected)
 
 
@@ -100,6 +101,73 @@ def test_every_parameter_receives_a_gradient(cls, activations):
     loss_of(model(images())).backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not without
+
+
+@FAMILIES
+@pytest.mark.parametrize("activations", ["reversible", "checkpoint"])
+@pytest.mark.parametrize("keep_attention", [True, False])
+def test_hooks_on_every_parameter_run_once_and_on_the_whole_gradient(cls, activations, keep_attention):
+    def gradients(**arguments):
+        model, arrived = make(cls, **arguments), []
+        for name, p in model.named_parameters():
+            p.register_hook(lambda g: 2 * g)
+            p.register_post_accumulate_grad_hook(lambda p, name=name: arrived.append((name, p.grad.clone())))
+        loss = loss_of(model(images()))
+        loss.backward()
+        assert len(arrived) == len(list(model.parameters()))
+        return loss, [dict(arrived)[name] for name, _ in model.named_parameters()]
+
+    actual = gradients(activations=activations, keep_attention=keep_attention)
+    assert_same(actual, gradients(activations="cached"))
+
+
+@FAMILIES
+def test_gradients_arrive_along_the_backward_pass(cls):
+    """From the last block to the first, as in ordinary autograd: DDP sends some while others are computed."""
+    model, arrived = make(cls), []
+    rebuilt = {}  # of each block, how many gradients had arrived when it was called again
+    for i, block in enumerate(model.blocks):
+        for p in block.parameters():
+            p.register_post_accumulate_grad_hook(lambda _, i=i: arrived.append(i))
+        block.F.norm.register_forward_hook(lambda *_, i=i: rebuilt.setdefault(i, []).append(len(arrived)))
+    loss_of(model(images())).backward()
+    assert arrived == sorted(arrived, reverse=True)
+    for i, block in enumerate(model.blocks):
+        later = sum(len(list(block.parameters())) for block in model.blocks[i + 1 :])
+        if isinstance(block, ReversibleBlock):  # a transition has the gradients of its G by then
+            assert rebuilt[i] == [0, later]
+
+
+@FAMILIES
+@pytest.mark.parametrize("keep_attention", [True, False])
+def test_functional_call_has_gradients_of_the_tensors_it_is_given(cls, keep_attention):
+    results = []
+    for activations in ("reversible", "cached"):
+        model = make(cls, activations=activations, keep_attention=keep_attention, drop_path_rate=0.4)
+        given = {name: (1.5 * p).detach().requires_grad_() for name, p in model.named_parameters()}
+        torch.manual_seed(0)
+        loss = loss_of(torch.func.functional_call(model, given, (images(),)))
+        results.append((loss, torch.autograd.grad(loss, list(given.values()))))
+    assert_same(*results)
+
+
+@FAMILIES
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("keep_attention", [True, False])
+def test_the_meta_device_trains_and_predicts(cls, activations, keep_attention):
+    """Shapes without memory, as initialisation on it and sharding tools need."""
+    with torch.device("meta"):
+        model = make(
+            cls, torch.float32, activations=activations, keep_attention=keep_attention, drop_path_rate=0.4
+        )
+        x = images(dtype=torch.float32).to("meta")
+    outputs = model(x)
+    expected = make(cls, torch.float32)(images(dtype=torch.float32))
+    assert {k: y.shape for k, y in outputs.items()} == {k: y.shape for k, y in expected.items()}
+    sum(y.sum() for y in outputs.values()).backward()
+    assert all(p.grad.shape == p.shape and p.grad.is_meta for p in model.parameters())
+    with torch.no_grad():
+        assert model.eval()(x).keys() == expected.keys()
 
 
 @FAMILIES

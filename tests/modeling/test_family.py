@@ -29,7 +29,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("cls, variant", VARIANTS)
 def test_variants_have_the_same_gradients_in_all_activation_modes(cls, variant, monkeypatch):
-    monkeypatch.setattr("rev_det.modeling.layers.CHUNK_VALUES", 2000)
+    monkeypatch.setattr("rev_det.modeling.layers.PART_VALUES", 2000)
     x = images().requires_grad_()
     expected = step(make(cls, activations="cached", drop_path_rate=0.4, **variant), x)
     for activations in ("reversible", "checkpoint"):

@@ -1,104 +1,52 @@
 """The reversible sequence on its own, against ordinary autograd."""
 
-import itertools
+import gc
+from functools import partial
 
 import pytest
 import torch
-from rev_det.modeling.recompute import OutputLinear, recompute
+from small_blocks import (
+    DIM,
+    Attention,
+    Mlp,
+    assert_same,
+    assert_same_gradients,
+    blocks,
+    step,
+    stream,
+)
 from torch import nn
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_leaves
+from torch.func import functional_call
 
+from rev_det.modeling.repetition import recompute
 from rev_det.modeling.reversible import ACTIVATIONS, ReversibleSequence
 
-DIM = 8
+REBUILT = pytest.mark.parametrize("activations", ["reversible", "checkpoint"])
 
 
-class Attention(nn.Module):
-    """Self-attention of one head with an additive context, which may require a gradient."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = OutputLinear(dim, dim)
-
-    def forward(self, x, context=None):
-        y = self.norm(x) if context is None else self.norm(x) + context
-        q, k, v = self.qkv(y).chunk(3, dim=-1)
-        return self.out(functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0])
+def assert_equals_cached(make, *inputs, **sequence):
+    """A sequence of the blocks that a function makes has the gradients of ordinary autograd."""
+    expected = step(ReversibleSequence(make(), "cached"), *inputs)
+    assert_same(step(ReversibleSequence(make(), **sequence), *inputs), expected)
 
 
-class Mlp(nn.Module):
-    def __init__(self, dim, dropout=0.0, chunks=1):
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.hidden = nn.Linear(dim, 2 * dim)
-        self.dropout = nn.Dropout(dropout)
-        self.out = OutputLinear(2 * dim, dim)
-        self.chunks = chunks
-
-    def forward(self, x):
-        return self.out(self.dropout(functional.gelu(self.hidden(self.norm(x)))))
-
-    def token_chunks(self, x):
-        return self.chunks
-
-
-class Block(nn.Module):
-    def __init__(self, dim=DIM, **mlp):
-        super().__init__()
-        self.F = Attention(dim)
-        self.G = Mlp(dim, **mlp)
-
-
-def blocks(count, dtype=torch.float64, **mlp):
-    torch.manual_seed(0)
-    return [Block(**mlp).to(dtype) for _ in range(count)]
-
-
-def stream(batch=2, tokens=5, seed=1, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, tokens, DIM, generator=generator, dtype=dtype)
-
-
-def step(sequence, x1, x2, *args, masks=None, seed=3):
-    """Loss and gradients of everything that requires one, inputs first."""
-    torch.manual_seed(seed)
-    y1, y2 = sequence(x1, x2, *args, masks=masks)
-    loss = (y1 * torch.linspace(0, 1, y1.numel(), dtype=y1.dtype).view_as(y1)).sum() + (y1 * y2).sin().sum()
-    inputs = dict.fromkeys(t for t in (x1, x2, *args) if isinstance(t, torch.Tensor) and t.requires_grad)
-    wanted = [*inputs, *(p for p in sequence.parameters() if p.requires_grad)]
-    return loss, torch.autograd.grad(loss, wanted, allow_unused=True)
-
-
-def assert_same(actual, expected, tolerance=1e-10):
-    loss, grads = actual
-    expected_loss, expected_grads = expected
-    torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=tolerance)
-    scale = max(g.abs().max() for g in expected_grads if g is not None)
-    for grad, expected_grad in zip(grads, expected_grads, strict=True):
-        assert (grad is None) == (expected_grad is None)
-        if grad is not None:
-            torch.testing.assert_close(grad, expected_grad, rtol=0, atol=float(tolerance * scale))
-
-
-@pytest.mark.parametrize("activations", ["reversible", "checkpoint"])
+@REBUILT
 @pytest.mark.parametrize("keep_attention", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("same_start", [True, False])
-@pytest.mark.parametrize("chunks", [1, 3])
-def test_gradients_equal_ordinary_autograd(activations, keep_attention, count, same_start, chunks):
+@pytest.mark.parametrize("parts", [1, 2, 7])
+def test_gradients_equal_ordinary_autograd(activations, keep_attention, count, same_start, parts):
     masks = [
-        (torch.tensor([0.0, 2.0], dtype=torch.float64), torch.tensor([2.0, 0.0], dtype=torch.float64))
+        (torch.tensor([0.0, 2.0], dtype=torch.float64), torch.tensor([2.0, 0.0], dtype=torch.float64)),
+        (None, torch.tensor([3.0, 1.0], dtype=torch.float64)),
     ] * count
     x1 = stream().requires_grad_()
     x2 = x1 if same_start else stream(seed=2).requires_grad_()
-    body = blocks(count, chunks=chunks)
-    expected = step(ReversibleSequence(body, "cached"), x1, x2, masks=masks)
-    actual = step(ReversibleSequence(body, activations, keep_attention), x1, x2, masks=masks)
-    assert_same(actual, expected)
+    body = blocks(count, F=partial(Attention, parts=parts), G=partial(Mlp, parts=parts))
+    expected = step(ReversibleSequence(body, "cached"), x1, x2, masks=masks[:count])
+    assert_same(
+        step(ReversibleSequence(body, activations, keep_attention), x1, x2, masks=masks[:count]), expected
+    )
 
 
 def test_gradcheck():
@@ -109,12 +57,22 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda w: sequence(x1.detach(), x2.detach()), (weight,))
 
 
-def test_tensor_arguments_of_f_get_their_gradient():
-    x, context = stream().requires_grad_(), stream(seed=4).requires_grad_()
-    body = blocks(3)
-    assert_same(
-        step(ReversibleSequence(body), x, x, context), step(ReversibleSequence(body, "cached"), x, x, context)
-    )
+class AddsContext(Attention):
+    """Its context's gradient is the gradient of its result: the very tensor."""
+
+    def forward(self, x, context):
+        return super().forward(x) + context
+
+
+@pytest.mark.parametrize("F", [Attention, AddsContext])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_tensor_arguments_of_f_get_their_gradient(F, parts):
+    x1, x2, context = (stream(seed=seed).requires_grad_() for seed in (1, 2, 4))
+    make = partial(blocks, 3, F=partial(F, parts=parts))
+    assert_equals_cached(make, x1, x2, context)
+    # Where nothing else needs one, too.
+    frozen = [block.requires_grad_(False) for block in make()]
+    assert_equals_cached(lambda: frozen, x1.detach(), x2.detach(), context)
 
 
 class AnyArguments(Attention):
@@ -129,38 +87,35 @@ class AnyArguments(Attention):
 @pytest.mark.parametrize("scale", [torch.tensor([3, 1]), torch.tensor([True, False]), None])
 @pytest.mark.parametrize("name", ["a", None])
 def test_arguments_of_f_may_be_none_or_integers_or_no_tensors(context, scale, name):
-    body = blocks(3)
-    for block in body:
-        block.F = AnyArguments(DIM).double()
     x = stream().requires_grad_()
-    args = (stream(seed=4).requires_grad_() if context else None, scale, name)
-    assert_same(
-        step(ReversibleSequence(body), x, x, *args), step(ReversibleSequence(body, "cached"), x, x, *args)
-    )
+    context = stream(seed=4).requires_grad_() if context else None
+    assert_equals_cached(partial(blocks, 3, F=AnyArguments), x, x, context, scale, name)
 
 
 @pytest.mark.parametrize("same_start", [True, False])
 def test_views_of_one_tensor_as_streams(same_start):
     """Expanded, transposed, and the second one overlapping the first."""
     base = torch.randn(DIM, 5, 1, dtype=torch.float64, requires_grad=True)
-    body = blocks(3, chunks=2)
+    body = blocks(3, G=partial(Mlp, parts=2))
     grads = []
-    for activations in ("cached", "reversible"):
+    for activations in ("reversible", "cached"):
         x1 = base.permute(2, 1, 0).expand(3, -1, -1)
         y1, y2 = ReversibleSequence(body, activations)(x1, x1 if same_start else x1.flip(1).view_as(x1))
         loss = (y1 * y2).sin().sum()
         grads.append((loss, torch.autograd.grad(loss, [base, *(p for b in body for p in b.parameters())])))
-    assert_same(*reversed(grads))
+    assert_same(*grads)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, DIM), (2, 0, DIM)])
 @pytest.mark.parametrize("activations", ACTIVATIONS)
-def test_empty_streams_have_empty_or_zero_gradients(shape, activations):
-    sequence = ReversibleSequence(blocks(2, chunks=3), activations)
+@pytest.mark.parametrize("keep_attention", [True, False])
+def test_empty_streams_have_empty_or_zero_gradients(shape, activations, keep_attention):
+    body = blocks(2, F=partial(Attention, parts=2), G=partial(Mlp, parts=3))
+    sequence = ReversibleSequence(body, activations, keep_attention)
     x = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
     y1, y2 = sequence(x, x)
     assert y1.shape == y2.shape == shape
-    (y1 * recompute(sequence.blocks[0].G, y2, chunks=2)).sum().backward()
+    (y1 * recompute(sequence.blocks[0].G, y2, parts=(1, 2))).sum().backward()
     assert x.grad.shape == shape
     assert all(p.grad is not None and not p.grad.any() for p in sequence.parameters())
 
@@ -170,20 +125,82 @@ def test_frozen_blocks_and_an_input_without_gradient(frozen):
     body = blocks(3)
     for i in frozen:
         body[i].requires_grad_(False)
-    x = stream()
-    assert_same(step(ReversibleSequence(body), x, x), step(ReversibleSequence(body, "cached"), x, x))
+    assert_equals_cached(lambda: body, stream(), stream())
 
 
-def test_a_parameter_shared_by_blocks_sums_its_gradients():
-    body = blocks(3)
-    body[2].G.hidden.weight = body[0].G.hidden.weight
+@pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1, 2)])
+def test_blocks_frozen_before_the_backward_pass(frozen):
+    grads = {}
+    for activations in ("cached", "reversible"):
+        body = blocks(3)
+        y1, y2 = ReversibleSequence(body, activations)(stream(), stream())
+        for i in frozen:
+            body[i].requires_grad_(False)
+        (y1 * y2).sum().backward()
+        grads[activations] = [p.grad for block in body for p in block.parameters()]
+    assert_same_gradients(grads["reversible"], grads["cached"])
+
+
+def test_parameters_unfrozen_before_the_backward_pass_get_no_gradient():
+    sequence = ReversibleSequence(blocks(2)).requires_grad_(False)
     x = stream().requires_grad_()
-    assert_same(step(ReversibleSequence(body), x, x), step(ReversibleSequence(body, "cached"), x, x))
+    y = sequence(x, x)[0]
+    sequence.requires_grad_(True)
+    y.sum().backward()
+    assert x.grad is not None and all(p.grad is None for p in sequence.parameters())
+
+
+def test_shared_parameters_sum_their_gradients():
+    def make():
+        body = blocks(3)
+        body[2].G.hidden.weight = body[0].G.hidden.weight  # by two blocks
+        body[1].F.norm.bias = body[1].G.norm.bias  # by F and G
+        body[1].F.out.bias = body[1].F.norm.weight  # inside F
+        return [*body, body[0]]  # a whole block
+
+    x = stream().requires_grad_()
+    assert_equals_cached(make, x, x)
+
+
+class Table(nn.Module):
+    """A linear layer and additive tables, whose gradient torch hands out as the very tensor it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(DIM, DIM)
+        self.first, self.second = (nn.Parameter(torch.randn(1, 5, DIM)) for _ in range(2))
+
+    def forward(self, x):
+        return self.linear(x) + self.first + self.second
+
+
+class OnlyTable(Table):
+    def forward(self, x):
+        return (self.first + self.second).expand_as(x)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("F", [Table, OnlyTable])
+@pytest.mark.parametrize("G", [Table, OnlyTable])
+@pytest.mark.parametrize("same_gradients", [True, False])
+def test_gradients_that_torch_hands_on_unchanged_are_not_written_to(batch, F, G, same_gradients):
+    """The streams' own gradients, those of additive parameters, and those of a branch that ignores x."""
+    x1, x2 = (stream(batch, seed=seed).requires_grad_() for seed in (1, 2))
+    results = []
+    for activations in ("reversible", "cached"):
+        body = [*blocks(2), *blocks(1, F=F, G=G)]
+        y = ReversibleSequence(body, activations)(x1, x2)
+        dy = stream(batch, seed=3)
+        given = [dy, dy if same_gradients else torch.ones(DIM, dtype=dy.dtype).expand_as(dy)]
+        wanted = [x1, x2, *(p for block in body for p in block.parameters())]
+        results.append(torch.autograd.grad(y, wanted, given, allow_unused=True))
+        assert torch.equal(dy, stream(batch, seed=3)), "the caller's gradient was changed"
+    assert_same_gradients(*results)
 
 
 def test_dropout_is_replayed_and_the_global_generator_advances_as_in_ordinary_autograd():
     x = stream().requires_grad_()
-    body = blocks(4, dropout=0.4)
+    body = blocks(4, G=partial(Mlp, dropout=0.4))
     results = {}
     for activations in ACTIVATIONS:
         loss_and_grads = step(ReversibleSequence(body, activations), x, x)
@@ -196,26 +213,45 @@ def test_dropout_is_replayed_and_the_global_generator_advances_as_in_ordinary_au
 
 
 def test_two_forwards_before_one_backward():
-    body = blocks(3, dropout=0.3)
-    losses = {}
-    for activations in ("cached", "reversible"):
-        sequence = ReversibleSequence(body, activations)
+    results = []
+    for activations in ("reversible", "cached"):
+        sequence = ReversibleSequence(blocks(3, G=partial(Mlp, dropout=0.3)), activations)
         torch.manual_seed(0)
         x = stream().requires_grad_()
-        first = sequence(x, x)[0].sin().sum()
-        second = sequence(x.cos(), x.cos())[1].sum()
-        losses[activations] = first + second, torch.autograd.grad(first + second, [x, *sequence.parameters()])
-    assert_same(losses["reversible"], losses["cached"])
+        loss = sequence(x, x)[0].sin().sum() + sequence(x.cos(), x.cos())[1].sum()
+        results.append((loss, torch.autograd.grad(loss, [x, *sequence.parameters()])))
+    assert_same(*results)
 
 
-def test_backward_twice_with_retain_graph_gives_the_same_gradients():
-    sequence = ReversibleSequence(blocks(3), keep_attention=True)
+@pytest.mark.parametrize("keep_attention", [True, False])
+def test_backward_twice_needs_retain_graph_and_gives_the_same_gradients(keep_attention):
+    sequence = ReversibleSequence(blocks(3), keep_attention=keep_attention)
     x = stream().requires_grad_()
     loss = sequence(x, x)[0].sin().sum()
-    first = torch.autograd.grad(loss, [x, *sequence.parameters()], retain_graph=True)
-    second = torch.autograd.grad(loss, [x, *sequence.parameters()])
-    for a, b in zip(first, second, strict=True):
+    wanted = [x, *sequence.parameters()]
+    first = torch.autograd.grad(loss, wanted, retain_graph=True)
+    for a, b in zip(torch.autograd.grad(loss, wanted), first, strict=True):
         assert torch.equal(a, b)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, wanted)
+
+
+@REBUILT
+@pytest.mark.parametrize(
+    "names",
+    [["blocks.2.F.out.weight"], ["blocks.1.G.norm.bias"], ["blocks.0.F.qkv.bias", "blocks.2.G.out.bias"]],
+)
+def test_gradients_of_some_parameters_alone(activations, names):
+    sequences = [ReversibleSequence(blocks(3), kind) for kind in ("cached", activations)]
+    results = []
+    for sequence in sequences:
+        loss = sequence(stream(), stream())[1].sin().sum()
+        wanted = [sequence.get_parameter(name) for name in names]
+        for retain in (True, False):
+            results.append(torch.autograd.grad(loss, wanted, retain_graph=retain))
+        assert all(p.grad is None for p in sequence.parameters())
+    for result in results[1:]:
+        assert_same_gradients(result, results[0])
 
 
 def test_double_backward_raises():
@@ -226,12 +262,19 @@ def test_double_backward_raises():
         grad.sum().backward()
 
 
-def test_a_parameter_changed_between_forward_and_backward_is_noticed():
-    sequence = ReversibleSequence(blocks(2))
-    x = stream().requires_grad_()
-    loss = sequence(x, x)[0].sum()
+@pytest.mark.parametrize(
+    "changed", ["blocks.0.F.qkv.weight", "blocks.1.G.out.weight", "blocks.2.F.out.weight", "y", "context"]
+)
+def test_what_is_changed_between_forward_and_backward_is_noticed(changed):
+    """Parameters, of the frozen block 1 too, the sequence's results and arguments."""
+    sequence = ReversibleSequence(blocks(3))
+    sequence.blocks[1].requires_grad_(False)
+    x, context = stream().requires_grad_(), torch.ones((), dtype=torch.float64)
+    y1, y2 = sequence(x, x, context)
+    loss = (y1 + y2).square().sum()
     with torch.no_grad():
-        sequence.blocks[0].F.qkv.weight.add_(1.0)
+        tensor = {"y": y2, "context": context}.get(changed)
+        (sequence.get_parameter(changed) if tensor is None else tensor).add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -239,10 +282,9 @@ def test_a_parameter_changed_between_forward_and_backward_is_noticed():
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_it_is_the_plain_loop(context):
     body = blocks(3)
-    x = stream()
     with context():
-        expected = ReversibleSequence(body, "cached")(x, x)
-        actual = ReversibleSequence(body, "reversible", True)(x, x)
+        expected = ReversibleSequence(body, "cached")(stream(), stream())
+        actual = ReversibleSequence(body, "reversible", True)(stream(), stream())
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b) and not a.requires_grad
 
@@ -255,6 +297,65 @@ def test_inputs_and_outputs_are_left_as_they_were():
     (y1.sum() + y2.sum()).backward()
     for t, copy in zip((x, y1, y2), copies, strict=True):
         assert torch.equal(t, copy)
+
+
+def test_gradients_arrive_block_by_block():
+    """Those of a block are accumulated before the block before it is rebuilt: DDP sends them meanwhile."""
+    sequence = ReversibleSequence(blocks(3))
+    events = []
+    for i, block in enumerate(sequence.blocks):
+        for module in (block.F, block.G):
+            module.register_forward_hook(lambda *_, i=i: events.append(("rebuilt", i)))
+        for p in block.parameters():
+            p.register_post_accumulate_grad_hook(lambda _, i=i: events.append(("arrived", i)))
+    loss = sequence(stream(), stream())[0].sum()
+    events.clear()
+    loss.backward()
+    parameters = len(list(sequence.blocks[0].parameters()))
+    assert events == [
+        event for i in (2, 1, 0) for event in [("rebuilt", i)] * 2 + [("arrived", i)] * parameters
+    ]
+
+
+@REBUILT
+def test_hooks_on_parameters_run_once_and_on_the_whole_gradient(activations):
+    def gradients(kind):
+        sequence = ReversibleSequence(blocks(3), kind)
+        sequence.blocks[2].G.hidden.weight = sequence.blocks[0].G.hidden.weight
+        counts = []
+        for p in sequence.parameters():
+            p.register_hook(lambda g: 2 * g)
+            p.register_post_accumulate_grad_hook(counts.append)
+        y1, y2 = sequence(stream(), stream())
+        (y1 * y2).sum().backward()
+        assert len(counts) == len(list(sequence.parameters()))
+        return [p.grad for p in sequence.parameters()]
+
+    assert_same_gradients(gradients(activations), gradients("cached"))
+
+
+def test_functional_call_has_gradients_of_the_tensors_it_is_given():
+    results = []
+    for activations in ("reversible", "cached"):
+        sequence = ReversibleSequence(blocks(3), activations, keep_attention=True)
+        given = {name: (2 * p).detach().requires_grad_() for name, p in sequence.named_parameters()}
+        scaled = {name: p / 3 for name, p in given.items()}  # no leaves
+        y1, y2 = functional_call(sequence, scaled, (stream(), stream()))
+        results.append(torch.autograd.grad((y1 * y2).sum(), list(given.values())))
+    assert_same_gradients(*results)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.jacfwd])
+def test_transforms_of_torch_func_are_refused_with_the_way_out(transform):
+    sequence = ReversibleSequence(blocks(2, F=Mlp))
+    with pytest.raises(RuntimeError, match="activations='cached'"):
+        transform(lambda x: sequence(x, x)[0].sum())(stream())
+    sequence.activations = "cached"
+    if transform is torch.func.grad:
+        assert torch.func.grad(lambda x: sequence(x, x)[0].sum())(stream()).shape == stream().shape
+    with torch.no_grad():
+        sequence.activations = "reversible"
+        torch.func.vmap(lambda x: sequence(x, x))(stream()[:, None])
 
 
 def test_bfloat16_autocast_is_as_close_to_float32_as_ordinary_autograd_is():
@@ -278,80 +379,35 @@ def test_bfloat16_autocast_is_as_close_to_float32_as_ordinary_autograd_is():
     assert error_reversible < 1.01 * error_cached
 
 
-def test_the_rebuild_enters_the_autocast_state_of_the_forward_pass():
-    """Backward outside autocast, as every training loop does, must rebuild in bfloat16."""
-    seen = []
-
-    class Probe(Mlp):
-        def forward(self, x):
-            seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
-            return super().forward(x)
-
-    body = blocks(2, dtype=torch.float32)
-    for block in body:
-        block.G = Probe(DIM)
-    x = stream(dtype=torch.float32).requires_grad_()
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_half_precision_streams_become_float32_under_autocast(activations):
+    x1, x2 = (stream(dtype=torch.bfloat16, seed=seed).requires_grad_() for seed in (1, 2))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = ReversibleSequence(body)(x, x)[0].sum()
-    loss.backward()
-    assert seen == [(True, torch.bfloat16)] * 4
-
-
-def test_half_precision_streams_become_float32_under_autocast():
-    x = stream(dtype=torch.bfloat16).requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y1, _ = ReversibleSequence(blocks(2, dtype=torch.float32))(x, x)
-    assert y1.dtype == torch.float32
-    y1.sum().backward()
-    assert x.grad.dtype == torch.bfloat16
-
-
-def test_kept_attention_is_not_computed_again():
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Count(TorchDispatchMode):
-        forward = backward = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if "scaled_dot_product" in str(func):
-                if "backward" in str(func):
-                    self.backward += 1
-                else:
-                    self.forward += 1
-            return func(*args, **(kwargs or {}))
-
-    x = stream().requires_grad_()
-    for keep_attention, forwards in ((True, 3), (False, 6)):
-        with Count() as count:
-            y1, y2 = ReversibleSequence(blocks(3), keep_attention=keep_attention)(x, x)
-            (y1 * y2).sum().backward()
-        assert (count.forward, count.backward) == (forwards, 3)
+        y1, y2 = ReversibleSequence(blocks(2, dtype=torch.float32), activations)(x1, x2)
+    assert y1.dtype == y2.dtype == torch.float32
+    (y1 * y2).sum().backward()
+    assert x1.grad.dtype == x2.grad.dtype == torch.bfloat16
 
 
 def test_activation_memory_is_flat_in_depth():
-    """What autograd holds between forward and backward does not grow with the number of blocks."""
+    """What is alive between forward and backward does not grow with the number of blocks."""
 
     def held(activations, count):
+        sequence = ReversibleSequence(blocks(count), activations)
         kept = {}  # of each storage its bytes
 
         def pack(t):
             kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
 
-        body = blocks(count)
-        parameters = {p.untyped_storage().data_ptr() for b in body for p in b.parameters()}
-        x = stream(tokens=64).requires_grad_()
+        before = {id(t) for t in gc.get_objects() if issubclass(type(t), torch.Tensor)}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = ReversibleSequence(body, activations)(x, x)
-        run = getattr(y[0].grad_fn, "run", None)
-        if run is not None:  # what the reversible function keeps itself
-            for output, _ in run.outputs:
-                pack(output)
-            for branch in itertools.chain(*run.branches):
-                for value in [*vars(branch).values(), *(v for r in branch.records for v in vars(r).values())]:
-                    for t in tree_leaves(value):
-                        if isinstance(t, torch.Tensor):
-                            pack(t)
+            y = sequence(*[stream(tokens=64).requires_grad_()] * 2)
+        for t in gc.get_objects():  # and what Python objects of the graph hold
+            if issubclass(type(t), torch.Tensor) and id(t) not in before:
+                pack(t)
+        parameters = {p.untyped_storage().data_ptr() for p in sequence.parameters()}
+        assert y[0].requires_grad
         return sum(n for key, n in kept.items() if key not in parameters)
 
     assert held("reversible", 12) == held("reversible", 2) > 0
@@ -359,25 +415,10 @@ def test_activation_memory_is_flat_in_depth():
 
 
 def test_compile_breaks_the_graph_and_gives_the_same_gradients():
-    body = blocks(2)
     x = stream().requires_grad_()
-    expected = step(ReversibleSequence(body, "cached"), x, x)
-    compiled = torch.compile(ReversibleSequence(body), backend="aot_eager")
+    expected = step(ReversibleSequence(blocks(2), "cached"), x, x)
+    compiled = torch.compile(ReversibleSequence(blocks(2)), backend="aot_eager")
     assert_same(step(compiled, x, x), expected)
-
-
-@pytest.mark.parametrize("chunks", [1, 2, 7])
-def test_recompute_equals_ordinary_autograd(chunks):
-    (block,) = blocks(1)
-    x = stream(tokens=7).requires_grad_()
-    expected = block.G(x)
-    actual = recompute(block.G, x, chunks=chunks)
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
-    wanted = [x, *block.G.parameters()]
-    grads = torch.autograd.grad((actual.sin()).sum(), wanted)
-    expected_grads = torch.autograd.grad((expected.sin()).sum(), wanted)
-    for a, b in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_errors_name_what_is_wrong():
@@ -397,93 +438,7 @@ def test_errors_name_what_is_wrong():
         sequence(x, x, masks=[(None, None)])
     with pytest.raises(ValueError, match=r"mask must have shape \(2,\), got \(3,\)"):
         sequence(x, x, masks=[(torch.ones(3), None)] * 2)
-    body = blocks(1)
-    body[0].G = nn.Linear(DIM, DIM + 1).double()
-    with pytest.raises(ValueError, match="must keep the shape"):
-        ReversibleSequence(body)(x, x)
-
-
-class Table(nn.Module):
-    """A linear layer and additive tables, whose gradient torch hands out as the very tensor it was given."""
-
-    def __init__(self, chunks=1):
-        super().__init__()
-        self.linear = nn.Linear(DIM, DIM)
-        self.first, self.second = (nn.Parameter(torch.randn(1, 5, DIM)) for _ in range(2))
-
-    def forward(self, x):
-        return self.linear(x) + self.first + self.second
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_additive_parameters_have_gradients_of_their_own(batch):
-    body = blocks(3)
-    for block in body:
-        block.F, block.G = Table().double(), Table().double()
-    x = stream(batch=batch).requires_grad_()
-    assert_same(step(ReversibleSequence(body), x, x), step(ReversibleSequence(body, "cached"), x, x))
-
-
-class TwoAttentions(nn.Module):
-    """The first has a learned mask, with which no fused kernel may be chosen in the rebuild."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(DIM, DIM)
-        self.bias = nn.Parameter(torch.randn(5, 5))
-
-    def forward(self, x):
-        q = self.linear(x)[:, None]
-        y = functional.scaled_dot_product_attention(q, q, q, attn_mask=self.bias * 1.0)
-        return functional.scaled_dot_product_attention(y, q, y * 2)[:, 0]
-
-
-def test_kept_attention_stays_in_step_when_a_call_keeps_nothing():
-    body = blocks(3)
-    for block in body:
-        block.F = TwoAttentions().double()
-    x = stream().requires_grad_()
-    expected = step(ReversibleSequence(body, "cached"), x, x)
-    assert_same(step(ReversibleSequence(body, keep_attention=True), x, x), expected)
-
-
-def test_kept_attention_when_the_rebuild_chooses_another_kernel():
-    body = blocks(2)
-    x = stream().requires_grad_()
-    wanted = [x, *(p for block in body for p in block.parameters())]
-    y1, y2 = ReversibleSequence(body, "cached")(x, x)
-    expected = torch.autograd.grad((y1 * y2).sum(), wanted)
-    with sdpa_kernel(SDPBackend.MATH):
-        y1, y2 = ReversibleSequence(body, keep_attention=True)(x, x)
-    for a, b in zip(torch.autograd.grad((y1 * y2).sum(), wanted), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1, 2)])
-def test_blocks_frozen_before_the_backward_pass(frozen):
-    x = stream()
-    grads = {}
-    for activations in ("cached", "reversible"):
-        body = blocks(3)
-        y1, y2 = ReversibleSequence(body, activations)(x, x)
-        for i in frozen:
-            body[i].requires_grad_(False)
-        (y1 * y2).sum().backward()
-        grads[activations] = [p.grad for block in body for p in block.parameters()]
-    for actual, expected in zip(grads["reversible"], grads["cached"], strict=True):
-        assert (actual is None) == (expected is None)
-        if expected is not None:
-            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
-
-
-def test_parameters_unfrozen_or_replaced_before_the_backward_pass():
-    sequence = ReversibleSequence(blocks(2)).requires_grad_(False)
-    x = stream().requires_grad_()
-    y = sequence(x, x)[0]
-    sequence.requires_grad_(True)
-    y.sum().backward()
-    assert x.grad is not None and all(p.grad is None for p in sequence.parameters())
-    copies = {name: p.detach().clone().requires_grad_() for name, p in sequence.named_parameters()}
-    y = torch.func.functional_call(sequence, copies, (x, x))[0]
-    with pytest.raises(RuntimeError, match="were replaced between forward and backward"):
-        y.sum().backward()
+    for activations in ACTIVATIONS:
+        body = blocks(1, G=lambda: nn.Linear(DIM, DIM + 1))
+        with pytest.raises(ValueError, match="must keep the shape"):
+            ReversibleSequence(body, activations)(x, x)

@@ -1,0 +1,85 @@
+"""Small reversible blocks, and one step of a sequence of them: what the tests of the core share."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from rev_det.modeling.kept_attention import attention
+
+DIM = 8
+
+
+class Attention(nn.Module):
+    """Self-attention of one head, with an additive context if it is given one."""
+
+    def __init__(self, dim=DIM, parts=1):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.number = parts
+
+    def forward(self, x, context=None):
+        y = self.norm(x) if context is None else self.norm(x) + context
+        q, k, v = self.qkv(y)[:, None].chunk(3, dim=-1)
+        return self.out(attention(q, k, v)[:, 0])
+
+    def parts(self, x):
+        return 0, self.number  # samples
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim=DIM, dropout=0.0, parts=1):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.hidden = nn.Linear(dim, 2 * dim)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(2 * dim, dim)
+        self.number = parts
+
+    def forward(self, x):
+        return self.out(self.dropout(functional.gelu(self.hidden(self.norm(x)))))
+
+    def parts(self, x):
+        return 1, self.number  # tokens
+
+
+class Block(nn.Module):
+    def __init__(self, F, G):
+        super().__init__()
+        self.F, self.G = F, G
+
+
+def blocks(count, dtype=torch.float64, F=Attention, G=Mlp):
+    """Blocks of an F and a G, each made by a function without arguments; the same weights every time."""
+    torch.manual_seed(0)
+    return [Block(F(), G()).to(dtype) for _ in range(count)]
+
+
+def stream(batch=2, tokens=5, seed=1, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, tokens, DIM, generator=generator, dtype=dtype)
+
+
+def step(sequence, x1, x2, *args, masks=None, seed=3):
+    """Loss and gradients of everything that requires one, inputs first."""
+    torch.manual_seed(seed)
+    y1, y2 = sequence(x1, x2, *args, masks=masks)
+    loss = (y1 * torch.linspace(0, 1, y1.numel(), dtype=y1.dtype).view_as(y1)).sum() + (y1 * y2).sin().sum()
+    inputs = dict.fromkeys(t for t in (x1, x2, *args) if isinstance(t, torch.Tensor) and t.requires_grad)
+    wanted = [*inputs, *(p for p in sequence.parameters() if p.requires_grad)]
+    return loss, torch.autograd.grad(loss, wanted, allow_unused=True)
+
+
+def assert_same(actual, expected, tolerance=1e-10):
+    """Losses and gradients are the same up to float64 rounding."""
+    torch.testing.assert_close(actual[0], expected[0], rtol=tolerance, atol=tolerance)
+    assert_same_gradients(actual[1], expected[1], tolerance)
+
+
+def assert_same_gradients(actual, expected, tolerance=1e-10):
+    scale = max((float(g.abs().max()) for g in expected if g is not None), default=0.0)
+    for grad, expected_grad in zip(actual, expected, strict=True):
+        assert (grad is None) == (expected_grad is None)
+        if grad is not None:
+            torch.testing.assert_close(grad, expected_grad, rtol=0, atol=tolerance * scale)

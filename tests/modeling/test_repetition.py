@@ -1,0 +1,270 @@
+"""What a repeated call repeats of the first: random numbers, training flags, autocast, hooks; `recompute`."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small_blocks import DIM, Mlp, assert_same, assert_same_gradients, blocks, step, stream
+from torch import nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+
+from rev_det.modeling.layers import Linear
+from rev_det.modeling.repetition import CallRecord, Generators, Replay, recompute, recompute_each
+from rev_det.modeling.reversible import ACTIVATIONS, ReversibleSequence
+
+
+class Noisy(nn.Module):
+    """Adds numbers of a generator to its input."""
+
+    def __init__(self, generator=None):
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, x):
+        return x + torch.rand(x.shape, dtype=x.dtype, generator=self.generator)
+
+
+class Generator:
+    """Stands for the module of an accelerator (torch.xpu, …) with one device."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def get_rng_state(self, device):
+        return self.generator.get_state()
+
+    def set_rng_state(self, state, device):
+        self.generator.set_state(state)
+
+
+def repeated(record, number, x):
+    """The result of a record's call, when it is repeated."""
+    seen = []
+    with Replay(record, iter(record.saved())) as replay:
+        replay.gradients(0, number, [x], [True], lambda y: seen.append(y) or torch.ones_like(y))
+    return seen[0]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_the_generator_of_any_accelerator_is_replayed_and_then_left_as_it_was(kind, monkeypatch):
+    accelerator = Generator()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: accelerator)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    module, x = Noisy(accelerator.generator), stream()
+    record = CallRecord([(module, [module])], Generators(torch.device(kind, 0)))
+    results = [record.first(0, x), record.first(0, x)]
+    assert not torch.equal(*results)
+    torch.rand(1)
+    before = accelerator.generator.get_state(), torch.get_rng_state()
+    for i in (1, 0, 1):
+        assert torch.equal(repeated(record, i, x), results[i])
+    assert torch.equal(accelerator.generator.get_state(), before[0])
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_while_a_cuda_graph_is_captured_its_generator_is_left_alone(monkeypatch):
+    """Reading or setting it is an error then."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
+    module, x = nn.GELU(), stream()
+    record = CallRecord([(module, [module])], Generators(torch.device("cuda", 0)))
+    assert torch.equal(record.first(0, x), repeated(record, 0, x))
+
+
+class Normed(nn.Module):
+    def __init__(self, momentum=0.1):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5, momentum=momentum)
+        self.linear = nn.Linear(DIM, DIM)
+
+    def forward(self, x):
+        return self.linear(self.norm(x))
+
+
+@pytest.mark.parametrize("G", [partial(Mlp, dropout=0.4), Normed])
+def test_modules_put_into_eval_mode_before_the_backward_pass(G):
+    """Ordinary autograd has the gradients of the forward pass as it was; so has the rebuild."""
+    x = stream().requires_grad_()
+    results = []
+    for activations in ("reversible", "cached"):
+        sequence = ReversibleSequence(blocks(3, G=G), activations)
+        torch.manual_seed(0)
+        y1, y2 = sequence(x, x)
+        last = sequence.blocks[0].G
+        loss = (y1 * (last(y2) if activations == "cached" else recompute(last, y2))).sin().sum()
+        sequence.eval()
+        results.append((loss, torch.autograd.grad(loss, [x, *sequence.parameters()])))
+        assert not any(m.training for m in sequence.modules()), "the rebuild changed the modules' mode"
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("activations", ["reversible", "checkpoint"])
+def test_batch_norm_updates_its_statistics_twice_which_another_momentum_undoes(activations):
+    x = stream(batch=4)
+    momentum = {"cached": 0.1, activations: 1 - 0.9**0.5}
+    bodies = {key: blocks(3, G=partial(Normed, value)) for key, value in momentum.items()}
+    results = {key: step(ReversibleSequence(body, key), x, x) for key, body in bodies.items()}
+    assert_same(results[activations], results["cached"])
+    for expected, actual in zip(bodies["cached"], bodies[activations], strict=True):
+        assert actual.G.norm.num_batches_tracked == 2 * expected.G.norm.num_batches_tracked
+        torch.testing.assert_close(actual.G.norm.running_mean, expected.G.norm.running_mean)
+        torch.testing.assert_close(actual.G.norm.running_var, expected.G.norm.running_var)
+
+
+def test_the_rebuild_enters_the_autocast_state_of_the_forward_pass():
+    """Backward outside autocast, as every training loop does, must rebuild in bfloat16; and the reverse."""
+    seen = []
+    body = blocks(2, dtype=torch.float32)
+    for block in body:
+        block.G.register_forward_hook(
+            lambda *_: seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        )
+    x = stream(dtype=torch.float32).requires_grad_()
+    for enabled in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = ReversibleSequence(body)(x, x)[0].sum()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=not enabled):
+            loss.backward()
+    assert seen[:4] == [(True, torch.bfloat16)] * 4 and not any(enabled for enabled, _ in seen[4:])
+
+
+@pytest.mark.parametrize("where", ["F", "F.out", "G", "G.out"])
+def test_a_forward_hook_may_change_what_a_module_returns(where):
+    def make():
+        body = blocks(2)
+        body[0].get_submodule(where).register_forward_hook(lambda module, inputs, y: y.sin())
+        return body
+
+    x = stream().requires_grad_()
+    expected = step(ReversibleSequence(make(), "cached"), x, x)
+    assert_same(step(ReversibleSequence(make()), x, x), expected)
+    with pytest.raises(AssertionError):  # the hook does something
+        assert_same(step(ReversibleSequence(blocks(2), "cached"), x, x), expected)
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("keep_attention", [True, False])
+@pytest.mark.parametrize("inside", ["save_on_cpu", "checkpoint"])
+@pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context:FutureWarning")
+def test_inside_hooks_on_saved_tensors(activations, keep_attention, inside):
+    """They hand out copies of the tensors that were saved, and only once."""
+    sequence = ReversibleSequence(blocks(2), activations, keep_attention)
+    x = stream().requires_grad_()
+
+    def loss_of(x):
+        y1, y2 = sequence(x, x)
+        return (y1 * recompute(sequence.blocks[0].G, y2)).sum()
+
+    wanted = [x, *sequence.parameters()]
+    expected = torch.autograd.grad(loss_of(x), wanted)
+    if inside == "checkpoint":
+        loss = checkpoint(loss_of, x, use_reentrant=False)
+    else:
+        with save_on_cpu():
+            loss = loss_of(x)
+    assert_same_gradients(torch.autograd.grad(loss, wanted), expected)
+
+
+class Fails(nn.Module):
+    """Fails in a call with or without gradients, whichever it is asked to."""
+
+    def __init__(self, repeated):
+        super().__init__()
+        self.linear = Linear(DIM, DIM)
+        self.repeated = repeated
+
+    def forward(self, x):
+        if torch.is_grad_enabled() == self.repeated:
+            raise ArithmeticError("as it was asked to")
+        return self.linear(x) + torch.rand(1)
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_call_that_fails_leaves_the_modules_as_they_were(repeated):
+    """Parameters, of which calls use copies, training flags and random numbers."""
+    module = Fails(repeated)
+    before = dict(module.named_parameters())
+    with pytest.raises(ArithmeticError):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = recompute(module, stream(dtype=torch.float32)).sum()
+        module.eval()
+        state = torch.get_rng_state()
+        loss.backward()
+    assert all(p is before[name] for name, p in module.named_parameters())
+    assert module.linear.training == (not repeated)
+    assert not repeated or torch.equal(torch.get_rng_state(), state)
+    assert torch.is_autocast_cache_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+class CastOnce(nn.Module):
+    """A linear layer that reads its parameters in autocast's type, and a norm that shares its bias."""
+
+    def __init__(self, shared=False):
+        super().__init__()
+        self.norm = nn.LayerNorm(DIM)
+        self.linear = Linear(DIM, DIM)
+        if shared:
+            self.linear.bias = self.norm.bias
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append((self.linear.weight.dtype, self.norm.bias.dtype))
+        return self.linear(self.norm(x))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_linear_layers_have_their_weights_cast_and_float32_gradients(shared):
+    torch.manual_seed(0)
+    module = CastOnce(shared)
+    x = stream(dtype=torch.float32).requires_grad_()
+    wanted = [x, *module.parameters()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, expected = recompute(module, x), module(x)
+        assert torch.equal(y, expected)
+    grads = torch.autograd.grad(y.float().sin().sum(), wanted)
+    expected_grads = torch.autograd.grad(expected.float().sin().sum(), wanted)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-2, atol=1e-2)
+    ordinary, copied = (torch.float32, torch.float32), (torch.bfloat16, torch.float32)
+    assert module.seen == [copied, ordinary, copied]
+
+
+@pytest.mark.parametrize("parts", [(1, 1), (1, 2), (1, 7), (0, 2)])
+def test_recompute_equals_ordinary_autograd(parts):
+    """Of two inputs with different last dimensions, and one that is no tensor."""
+    (block,) = blocks(1)
+    wide = nn.Bilinear(DIM, 3, DIM, dtype=torch.float64)
+
+    def call(x, y, exponent):
+        return wide(block.G(x), y) if exponent is None else block.G(x) ** exponent
+
+    x, y = stream(tokens=7).requires_grad_(), stream(tokens=7, seed=2)[..., :3].contiguous().requires_grad_()
+    wanted = [x, y, *block.G.parameters(), *wide.parameters()]
+    for exponent in (None, 2):
+        results = []
+        for result in (
+            recompute(call, x, y, exponent, parts=parts, modules=[block.G, wide]),
+            call(x, y, exponent),
+        ):
+            loss = result.sin().sum()
+            results.append((loss, torch.autograd.grad(loss, wanted, allow_unused=True)))
+        assert_same(*results)
+
+
+def test_recompute_each_equals_ordinary_autograd():
+    """Also where a branch hands its gradient on unchanged, expands it, or has none."""
+    trunk, linear = Mlp().double(), nn.Linear(DIM, 3, dtype=torch.float64)
+    branches = [lambda x: x, linear, lambda x: x.sum(-1), lambda x: linear.weight.sum() + torch.zeros_like(x)]
+    modules = [[trunk], [], [linear], [], [linear]]
+    x = stream().requires_grad_()
+    wanted = [x, *trunk.parameters(), *linear.parameters()]
+    results = []
+    used = [(trunk, modules[0]), *zip(branches, modules[1:], strict=True)]
+    for y in (recompute_each(used[0], used[1:], x), [b(trunk(x)) for b in branches]):
+        given = [torch.ones_like(z) for z in y]
+        results.append(torch.autograd.grad(y, wanted, given))
+        assert all(bool((dz == 1).all()) for dz in given), "the caller's gradient was changed"
+    assert_same_gradients(*results)
