@@ -144,9 +144,10 @@ def test_functional_call_has_gradients_of_the_tensors_it_is_given(cls, keep_atte
     results = []
     for activations in ("reversible", "cached"):
         model = make(cls, activations=activations, keep_attention=keep_attention, drop_path_rate=0.4)
-        given = {name: (1.5 * p).detach().requires_grad_() for name, p in model.named_parameters()}
+        given = {name: (2 * p).detach().requires_grad_() for name, p in model.named_parameters()}
         torch.manual_seed(0)
-        loss = loss_of(torch.func.functional_call(model, given, (images(),)))
+        halves = {name: p / 2 for name, p in given.items()}  # no leaves
+        loss = loss_of(torch.func.functional_call(model, halves, (images(),)))
         results.append((loss, torch.autograd.grad(loss, list(given.values()))))
     assert_same(*results)
 
@@ -168,17 +169,6 @@ def test_the_meta_device_trains_and_predicts(cls, activations, keep_attention):
     assert all(p.grad.shape == p.shape and p.grad.is_meta for p in model.parameters())
     with torch.no_grad():
         assert model.eval()(x).keys() == expected.keys()
-
-
-@FAMILIES
-def test_two_forwards_before_a_backward(cls):
-    losses = {}
-    for activations in ("cached", "reversible"):
-        model = make(cls, activations=activations, drop_path_rate=0.4)
-        torch.manual_seed(0)
-        loss = loss_of(model(images())) + loss_of(model(images(1, 40, 64)))
-        losses[activations] = loss, torch.autograd.grad(loss, list(model.parameters()))
-    assert_same(losses["reversible"], losses["cached"])
 
 
 @FAMILIES

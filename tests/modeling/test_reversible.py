@@ -16,7 +16,6 @@ from small_blocks import (
     stream,
 )
 from torch import nn
-from torch.func import functional_call
 
 from rev_det.modeling.repetition import recompute
 from rev_det.modeling.reversible import ACTIVATIONS, ReversibleSequence
@@ -315,34 +314,6 @@ def test_gradients_arrive_block_by_block():
     assert events == [
         event for i in (2, 1, 0) for event in [("rebuilt", i)] * 2 + [("arrived", i)] * parameters
     ]
-
-
-@REBUILT
-def test_hooks_on_parameters_run_once_and_on_the_whole_gradient(activations):
-    def gradients(kind):
-        sequence = ReversibleSequence(blocks(3), kind)
-        sequence.blocks[2].G.hidden.weight = sequence.blocks[0].G.hidden.weight
-        counts = []
-        for p in sequence.parameters():
-            p.register_hook(lambda g: 2 * g)
-            p.register_post_accumulate_grad_hook(counts.append)
-        y1, y2 = sequence(stream(), stream())
-        (y1 * y2).sum().backward()
-        assert len(counts) == len(list(sequence.parameters()))
-        return [p.grad for p in sequence.parameters()]
-
-    assert_same_gradients(gradients(activations), gradients("cached"))
-
-
-def test_functional_call_has_gradients_of_the_tensors_it_is_given():
-    results = []
-    for activations in ("reversible", "cached"):
-        sequence = ReversibleSequence(blocks(3), activations, keep_attention=True)
-        given = {name: (2 * p).detach().requires_grad_() for name, p in sequence.named_parameters()}
-        scaled = {name: p / 3 for name, p in given.items()}  # no leaves
-        y1, y2 = functional_call(sequence, scaled, (stream(), stream()))
-        results.append(torch.autograd.grad((y1 * y2).sum(), list(given.values())))
-    assert_same_gradients(*results)
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.jacfwd])
