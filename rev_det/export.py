@@ -173,7 +173,7 @@ def check_target(path: str | os.PathLike, format: str, part: str) -> None:
             "--format torch-export --part detector: how Detectron2 pads images and how many proposals "
             f"it has depends on the data, which torch.export does not take; {_WORKS}"
         )
-    check_output(path, FORMATS[format], f"--format {format} --output")
+    check_output(path, FORMATS[format], "--output")
     missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
     if format == "onnx" and missing:
         raise ImportError(

@@ -326,7 +326,7 @@ def test_an_exporter_that_fails_is_one_line_with_what_works(tmp_path, monkeypatc
             "--format is 'tflite'; allowed are 'torchscript', 'onnx', 'torch-export'",
         ),
         ("a.ts", "torchscript", "head", "--part is 'head'; allowed are 'detector', 'backbone'"),
-        ("a.pth", "torchscript", "detector", "a.pth must end with .pt or .ts for --format torchscript"),
+        ("a.pth", "torchscript", "detector", "a.pth cannot be written: its name must end with .pt or .ts"),
         ("a.pt2", "torch-export", "detector", "what works: torchscript and onnx of the detector"),
         ("gone/a.ts", "torchscript", "backbone", "the folder .*gone does not exist"),
     ],

@@ -370,7 +370,7 @@ def test_a_config_with_a_value_of_another_type_is_named_with_its_key(killed, key
     *parents, last = key.split(".")
     functools.reduce(dict.__getitem__, parents, config)[last] = value
     save(killed / "config.yaml", yaml.safe_dump(config))
-    with pytest.raises(ValueError, match=f"config.yaml is not the config .* for config key: {key}"):
+    with pytest.raises(ValueError, match=f"(?s)config.yaml is not the config .* for config key: {key}"):
         Run.read(killed)
 
 
