@@ -65,7 +65,8 @@ def step(sequence, x1, x2, *args, masks=None, seed=3):
     """Loss and gradients of everything that requires one, inputs first."""
     torch.manual_seed(seed)
     y1, y2 = sequence(x1, x2, *args, masks=masks)
-    loss = (y1 * torch.linspace(0, 1, y1.numel(), dtype=y1.dtype).view_as(y1)).sum() + (y1 * y2).sin().sum()
+    weights = torch.linspace(0, 1, y1.numel(), dtype=y1.dtype, device=y1.device).view_as(y1)
+    loss = (y1 * weights).sum() + (y1 * y2).sin().sum()
     inputs = dict.fromkeys(t for t in (x1, x2, *args) if isinstance(t, torch.Tensor) and t.requires_grad)
     wanted = [*inputs, *(p for p in sequence.parameters() if p.requires_grad)]
     return loss, torch.autograd.grad(loss, wanted, allow_unused=True)
