@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     if others := writer.others():
         pictures = f"{others} picture{'s' * (others != 1)}"
         print(f"{writer.folder} also holds {pictures} that this call has not written")
-    return report_failures(failures, f"{len(sources)} files", "read")
+    return report_failures(failures, f"{len(sources)} files", "read, or not to the end")
 
 
 def report_failures(failures: Sequence[tuple[str, str]], total: str, done: str) -> int:
