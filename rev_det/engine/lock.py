@@ -13,8 +13,6 @@ from typing import Any
 from ..files import naming, read_json
 
 NAME = "run.lock"
-# Where Linux tells one start of a machine from another, and one container from another.
-_BOOT, _CONTAINER = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 
 
 @contextlib.contextmanager
@@ -23,7 +21,7 @@ def locked(folder: str) -> Iterator[None]:
 
     The lock is a file that says who made it. Locks of the operating system would not do: network disks may
     have none that other machines see. What a killed run of this machine has left is recognised and replaced;
-    whether a run of another machine is alive cannot be seen from here.
+    whether a run of another machine or container is alive cannot be seen from here.
 
     Args:
         folder: an ``OUTPUT_DIR``.
@@ -71,63 +69,53 @@ def _remove_stale(path: str, own: dict[str, Any]) -> None:
     Raises:
         ValueError: the run is alive, or that cannot be told.
     """
-    aside = f"{path}.{own['host']}.{own['pid']}"
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         return  # it has just ended
-    folder = os.path.dirname(path)
+    hint = f". If it does not run any more, which cannot be seen from here, remove {path}"
     try:
         owner = json.loads(text)
         who = f"process {owner['pid']} on {owner['host']}"
         here = owner["host"] == own["host"]
-        if here and owner["boot"] != own["boot"]:
-            alive = False
-        elif here and owner["container"] == own["container"]:
-            alive = owner == _owner(owner["pid"])
+        process = _owner(owner["pid"])
+        if here and owner["boot"] == own["boot"] and owner["container"] == own["container"]:
+            over = owner != process
+            hint = "" if process["started"] else hint
         else:
-            alive = None
+            over = here and owner["boot"] != own["boot"]
     except (ValueError, TypeError, KeyError):
-        who, alive = "a run that has not said which", None
-    if alive is False:
-        # Of several that find it, one gets it; and it may be a new one by now.
-        with contextlib.suppress(OSError):
-            os.rename(path, aside)
-            if Path(aside).read_text(encoding="utf-8") != text:
-                os.link(aside, path)
-            os.unlink(aside)
-        return
-    doubt = "" if alive else f". If it does not run any more, which cannot be seen from here, remove {path}"
-    raise ValueError(
-        f"OUTPUT_DIR {folder} is in use by {who}: two runs would overwrite each other's files. Wait for it, "
-        "or set another OUTPUT_DIR; an evaluation beside it needs one of its own, and MODEL.WEIGHTS" + doubt
-    )
+        who, over = "a run that has not said which", False
+    if not over:
+        raise ValueError(
+            f"OUTPUT_DIR {os.path.dirname(path)} is in use by {who}: two runs would overwrite each other's "
+            "files. Wait for it, or set another OUTPUT_DIR; an evaluation needs one of its own, and "
+            "MODEL.WEIGHTS" + hint
+        )
+    # Of several that find it one removes it; and by now it may be the lock of a new run.
+    aside = f"{path}.{own['host']}.{own['pid']}"
+    with contextlib.suppress(OSError):
+        os.rename(path, aside)
+        if Path(aside).read_text(encoding="utf-8") != text:
+            os.link(aside, path)
+        os.unlink(aside)
 
 
 def _owner(pid: int) -> dict[str, Any]:
-    """What tells a process from all others; ``started`` is None if there is no such process."""
+    """What tells a process from all others, as far as the system says it."""
+    # Behind the process's name, which may hold anything: the state is field 3, the start field 22.
+    state, *_, start = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()[:20] or ("", "")
     return {
         "pid": pid,
         "host": platform.node(),
-        "boot": _BOOT.read_text().strip() if _BOOT.exists() else "",
-        "container": os.readlink(_CONTAINER) if _CONTAINER.exists() else "",
-        "started": _start_time(pid),
+        "boot": _read("/proc/sys/kernel/random/boot_id").strip(),
+        "container": os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else "",
+        "started": "" if state in "ZX" else start,
     }
 
 
-def _start_time(pid: int) -> str | None:
-    """When a process has started, in the units of Linux; "" where only its existence can be told."""
-    if Path("/proc/self/stat").exists():
-        try:
-            # Behind the name, which may hold anything: the state is field 3, the start field 22.
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return None
-        return None if fields[0] in "ZX" else fields[19]
+def _read(path: str) -> str:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
+        return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
-        pass
-    return ""
+        return ""

@@ -248,7 +248,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(command, t
     assert begun == sorted(begun) and begun[-1] >= 8
     assert "Traceback" not in text and "error:" not in text
     assert_equal_ends(tmp_path / "killed", tmp_path / "whole")
-    assert not list((tmp_path / "killed").glob("*.tmp"))
+    assert not list((tmp_path / "killed").glob(".part*"))
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("killed", "whole")]
     for key in ("metrics", "best"):
         assert summaries[0][key] == summaries[1][key]

@@ -246,9 +246,9 @@ def test_the_last_checkpoints_and_the_best_are_kept(trainer, tmp_path, monkeypat
     output = tmp_path / "output"
     output.mkdir()
     (output / "model_0000009.pth").write_text("of a longer run before")
-    (output / "model_0000001.pth.tmp").write_text("of a run that was killed")
+    (output / ".part-model_0000001.pth").write_text("of a run that was killed")
     trainer(*opts, "SOLVER.CHECKPOINT_KEEP", "2").train()
-    assert sorted(path.name for path in output.glob("*.pth*")) == [
+    assert sorted(path.name for path in output.glob("*.pth")) == [
         "model_0000003.pth",
         "model_0000004.pth",
         "model_0000009.pth",
@@ -271,7 +271,7 @@ def test_a_checkpoint_that_is_the_best_twice_leaves_nothing_behind(trainer, tmp_
     trainer(*opts, resume=True).train()
     best = tmp_path / "output/model_best.pth"
     assert best.samefile(tmp_path / "output/model_0000002.pth")
-    assert not list((tmp_path / "output").glob("*.tmp"))
+    assert not list((tmp_path / "output").glob(".part*"))
 
 
 def test_what_was_best_is_remembered_by_a_resumed_run(trainer, tmp_path, monkeypatch):
@@ -302,7 +302,7 @@ def test_a_disk_that_is_full_is_told_and_the_last_checkpoint_stays(trainer, tmp_
         run.train()
     monkeypatch.undo()
     assert (tmp_path / "output/last_checkpoint").read_text() == "model_0000001.pth"
-    assert not list((tmp_path / "output").glob("*.tmp"))
+    assert not list((tmp_path / "output").glob(".part*"))
     assert trainer(*opts, resume=True).start_iter == 2
 
 
