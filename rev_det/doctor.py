@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from . import __version__
+from .modeling.kept_attention import attention
 from .modeling.reversible import ReversibleSequence
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
@@ -287,7 +288,7 @@ class _Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # With heads, (B, heads, N, C / heads) each: fused kernels take nothing less.
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (

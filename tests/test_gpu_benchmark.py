@@ -282,7 +282,7 @@ def test_the_page_shows_what_was_measured_and_what_is_owed(gpu, tmp_path):
 
 def test_without_results_the_page_lists_every_part(gpu):
     page = gpu.page({})
-    assert "**Nothing has been measured yet" in page
+    assert "**No figure has been measured on a GPU yet" in page
     for name, part in gpu.PARTS.items():
         assert f"| {name} | {part.title} | {part.minutes:g} |" in page
 

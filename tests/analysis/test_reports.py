@@ -33,7 +33,7 @@ from rev_det.analysis.report import (
     format_value,
     print_rows,
 )
-from rev_det.files import check_output, write_whole
+from rev_det.files import write_whole
 from rev_det.modeling import RevMViT
 
 VIT = MODELS["rev_vit_s"]
@@ -171,26 +171,6 @@ def test_nothing_half_written_is_left(tmp_path):
         write_whole(str(target), fail)
     assert target.read_text() == "before"
     assert list(tmp_path.iterdir()) == [target]
-
-
-def test_what_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch):
-    check_output(None)
-    check_output(str(tmp_path / "a.PNG"), (".png",))
-    with pytest.raises(FileNotFoundError, match="the folder .*missing does not exist"):
-        check_output(str(tmp_path / "missing" / "a.json"))
-    for folder in (str(tmp_path), f"{tmp_path}/", ""):
-        with pytest.raises(ValueError, match="it is a folder; give the name of a file"):
-            check_output(folder)
-    with pytest.raises(ValueError, match="must end with .png or .pdf"):
-        check_output(str(tmp_path / "a.gif"), (".png", ".pdf"))
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(ValueError, match="no permission to write to the folder"):
-        check_output(str(tmp_path / "a.json"))
-
-
-def test_writing_into_a_missing_folder_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="the folder .*missing does not exist"):
-        write_whole(str(tmp_path / "missing" / "a.json"), lambda part: pytest.fail("written"))
 
 
 def test_the_machine_is_described_by_class_and_not_by_name():

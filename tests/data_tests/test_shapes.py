@@ -177,12 +177,14 @@ def test_arguments_out_of_range(tmp_path, arguments):
     assert not os.listdir(tmp_path)
 
 
-# shapes.py alone, by its path: importing the package takes longer than drawing.
+# Without the packages around shapes.py: importing them takes longer than drawing.
 GENERATE = """
-import importlib.util, json, os, sys, time
-spec = importlib.util.spec_from_file_location("shapes", sys.argv[1])
-sys.modules["shapes"] = shapes = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(shapes)
+import importlib, json, os, sys, time, types
+data = os.path.dirname(sys.argv[1])
+for name, folder in (("rev_det", os.path.dirname(data)), ("rev_det.data", data)):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [folder]
+shapes = importlib.import_module("rev_det.data.shapes")
 root = sys.argv[2]
 open(os.path.join(root, f"ready{os.getpid()}"), "w").close()
 while not os.path.exists(os.path.join(root, "go")):
