@@ -21,7 +21,7 @@ def layer_norm(dim: int) -> nn.LayerNorm:
 class Linear(nn.Linear):
     """torch's, with parameters that only its own product reads: under autocast in no other type."""
 
-    casts_parameters = True  # see `CallRecord.casts`
+    casts_parameters = True  # see `repetition.CallRecord`
 
 
 class Mlp(nn.Module):

@@ -11,6 +11,7 @@ This module needs torch alone.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -57,6 +58,7 @@ class Generators:
         return before if drawn else None
 
 
+_swapping = threading.RLock()
 Used = tuple[Callable[..., Tensor], Sequence[nn.Module]]  # a function and all modules that it uses
 
 
@@ -81,65 +83,62 @@ class CallRecord:
         if torch.amp.is_autocast_available(kind):
             self.autocast = kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self.training: dict[nn.Module, bool] = {}
-        self.parameters_of: list[list[Tensor]] = []  # of each function
-        for _, modules in functions:
-            found = list(dict.fromkeys(modules))
-            for m in found:  # grows while it is gone through
-                found += [child for child in m._modules.values() if child is not None and child not in found]
-            self.training |= {m: m.training for m in found}
-            tensors = (x for m in found for x in (*m._parameters.values(), *m._buffers.values()))
-            self.parameters_of.append(
-                list(dict.fromkeys(x for x in tensors if x is not None and x.requires_grad))
-            )
-        self.parameters = list(dict.fromkeys(p for own in self.parameters_of for p in own))
-        # Changes to these are to be noticed, frozen ones among them too.
-        self.read = [p for m in self.training for p in m._parameters.values() if p is not None]
         # Where each parameter and buffer is, so that the repeated calls find the same ones:
         # torch.func.functional_call, for instance, puts others there for one call.
-        self.slots = [
-            (tensors, name, x, m)
-            for m in self.training
-            for tensors in (m._parameters, m._buffers)
-            for name, x in tensors.items()
-            if x is not None
-        ]
+        self.slots: list[tuple[dict, str, Tensor]] = []
+        self.read: list[Tensor] = []  # parameters, also frozen ones: changes to these are to be noticed
+        self.parameters_of: list[list[Tensor]] = []  # of each function
+        self.castable: list[tuple[dict, str, Tensor]] = []
+        uncast: set[Tensor] = set()
+        with _swapping:  # or another thread's stand-ins would be taken for parameters
+            for _, modules in functions:
+                found = dict.fromkeys(submodule for m in modules for submodule in m.modules())
+                tensors = (x for m in found for x in (*m._parameters.values(), *m._buffers.values()))
+                trained = (x for x in tensors if x is not None and x.requires_grad)
+                self.parameters_of.append(list(dict.fromkeys(trained)))
+                self.training |= {m: m.training for m in found}
+            for m in self.training:
+                slots = [
+                    (tensors, name, x)
+                    for tensors in (m._parameters, m._buffers)
+                    for name, x in tensors.items()
+                    if x is not None
+                ]
+                self.slots += slots
+                self.read += (x for x in m._parameters.values() if x is not None)
+                if self._is_cast(m):
+                    self.castable += [slot for slot in slots if slot[2].dtype is torch.float32]
+                else:
+                    uncast |= {x for *_, x in slots}
+        # Not what a module that reads float32 shares with them.
+        self.castable = [slot for slot in self.castable if slot[2] not in uncast]
+        self.parameters = list(dict.fromkeys(p for own in self.parameters_of for p in own))
         # What each call needs: the kernel and number of tensors of each attention that was kept, and the
         # generators' states before it, if it drew.
         self.calls: list[list[tuple[list, list[Tensor] | None]]] = [[] for _ in functions]
         self._kept: list[Tensor | None] = []
+        self._copies: dict[Tensor, Tensor] | None = None  # of weights, for the first calls
 
-    @contextmanager
-    def first_calls(self) -> Iterator[None]:
-        """A context for the first calls, in which weights are cast for autocast by one operation.
-
-        These are the float32 parameters of modules whose class has a true ``casts_parameters``: it says that
-        they are read in autocast's type alone.
-        """
-        copies = self.low_precision()
-        with _replaced([slot for slot in self.slots if slot[2] in copies], copies):
-            yield
+    def _is_cast(self, m: nn.Module) -> bool:
+        """Whether autocast reads a module's parameters in its own type alone: its class itself says so."""
+        lowered = self.autocast is not None and self.autocast[1]
+        return lowered and "casts_parameters" in vars(type(m)) and not m._forward_pre_hooks
 
     def low_precision(self) -> dict[Tensor, Tensor]:
-        """Copies of such parameters in autocast's type."""
-        if self.autocast is None or not self.autocast[1]:
-            return {}
-        casting = [getattr(type(m), "casts_parameters", False) for *_, m in self.slots]
-        # Not what a module that reads float32 shares with them.
-        others = {x for (_, _, x, _), casts in zip(self.slots, casting, strict=True) if not casts}
-        found = [
-            x
-            for (_, _, x, _), casts in zip(self.slots, casting, strict=True)
-            if casts and x.dtype is torch.float32 and x not in others
-        ]
-        return dict(zip(found, _cast(found, self.autocast[2]), strict=True))
+        """Copies of the castable parameters in autocast's type, by one operation. Gradients are off."""
+        tensors = [x for *_, x in self.castable]
+        return dict(zip(tensors, _cast(tensors, self.autocast[2]), strict=True)) if tensors else {}
 
     def first(self, function: int, *inputs) -> Tensor:
         """Call the function of that number, without gradients."""
         call, kept = self.functions[function], ()
-        if self.keep_attention:
-            result, kept = AttentionTape().record(call, *inputs)
-        else:
-            result = call(*inputs)
+        if self._copies is None:
+            self._copies = self.low_precision()
+        with _replaced(self.castable, self._copies):
+            if self.keep_attention:
+                result, kept = AttentionTape().record(call, *inputs)
+            else:
+                result = call(*inputs)
         self._kept += [x for result in kept if result for x in result.tensors]
         kept = [result and (result.kernel, len(result.tensors)) for result in kept]
         self.calls[function].append((kept, self.generators.states_if_drawn()))
@@ -150,12 +149,12 @@ class CallRecord:
 
         Parameters are among it, although they are not read: torch then notices if they were changed.
         """
-        tensors, self._kept = self._kept, []
+        tensors, self._kept, self._copies = self._kept, [], None
         return [*self.read, *tensors]
 
 
 class Replay:
-    """A context in which the calls of a record are repeated, in a backward pass.
+    """The calls of a record, repeated in a backward pass.
 
     Args:
         record: of the calls.
@@ -178,19 +177,6 @@ class Replay:
         copies |= {p: copies.get(p, p).detach().requires_grad_() for p in record.parameters}
         self.copies = copies
         self.found: list[tuple[Tensor, Tensor]] = []  # parameters and gradients, of each call
-
-    def __enter__(self) -> Replay:
-        self._changed = [m for m, training in self.record.training.items() if m.training != training]
-        for m in self._changed:
-            m.training = not m.training
-        self._tensors = _replaced(self.record.slots, self.copies)
-        self._tensors.__enter__()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._tensors.__exit__(*error)
-        for m in self._changed:
-            m.training = not m.training
 
     def gradients(
         self,
@@ -239,19 +225,25 @@ class Replay:
         call = record.functions[function]
         if kept:
             call = partial(AttentionTape(kept).replay, call)
-        try:
-            if states is not None:
-                record.generators.set(states)
-            with torch.enable_grad():
-                if record.autocast is None:
-                    return call(*inputs)
-                kind, enabled, dtype = record.autocast
-                # Without the weight cache: it would keep low-precision copies of all weights alive.
-                with torch.autocast(kind, dtype, enabled, cache_enabled=False):
-                    return call(*inputs)
-        finally:
-            if now is not None:
-                record.generators.set(now)
+        with _replaced(record.slots, self.copies):
+            changed = [m for m, training in record.training.items() if m.training != training]
+            try:
+                for m in changed:
+                    m.training = not m.training
+                if states is not None:
+                    record.generators.set(states)
+                with torch.enable_grad():
+                    if record.autocast is None:
+                        return call(*inputs)
+                    kind, enabled, dtype = record.autocast
+                    # Without the weight cache: it would keep low-precision copies of all weights alive.
+                    with torch.autocast(kind, dtype, enabled, cache_enabled=False):
+                        return call(*inputs)
+            finally:
+                for m in changed:
+                    m.training = not m.training
+                if now is not None:
+                    record.generators.set(now)
 
     def parameter_gradients(self) -> list[Tensor | None]:
         """The gradients of the record's ``parameters``, summed over all calls that were repeated."""
@@ -266,15 +258,19 @@ class Replay:
 
 @contextmanager
 def _replaced(slots: Sequence[tuple], others: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """A context in which modules have the tensors of these slots, or others in their place."""
-    present = [tensors.get(name) for tensors, name, *_ in slots]
-    for tensors, name, x, _ in slots:
-        tensors[name] = others.get(x, x)
-    try:
-        yield
-    finally:
-        for (tensors, name, *_), x in zip(slots, present, strict=True):
-            tensors[name] = x
+    """A context in which modules have the tensors of these slots, or others in their place.
+
+    One thread at a time: the modules are the caller's, who may use them in several.
+    """
+    with _swapping:
+        present = [tensors.get(name) for tensors, name, _ in slots]
+        for tensors, name, x in slots:
+            tensors[name] = others.get(x, x)
+        try:
+            yield
+        finally:
+            for (tensors, name, _), x in zip(slots, present, strict=True):
+                tensors[name] = x
 
 
 def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -370,17 +366,16 @@ class _Recompute(torch.autograd.Function):
         ctx.record, ctx.parts, ctx.branches = record, parts, branches
         ctx.inputs = without_tensors(inputs)
         y = None
-        with record.first_calls():
-            for bounds in split(inputs, parts):
-                result = record.first(0, *(part(x, parts[0], bounds) for x in inputs))
-                if bounds.start is None:
-                    y = tuple(record.first(i, result) for i in branches) or result
-                    break
-                if y is None:
-                    shape = list(result.shape)
-                    shape[parts[0]] = inputs[0].shape[parts[0]]
-                    y = result.new_empty(shape)
-                part(y, parts[0], bounds).copy_(result)
+        for bounds in split(inputs, parts):
+            result = record.first(0, *(part(x, parts[0], bounds) for x in inputs))
+            if bounds.start is None:
+                y = tuple(record.first(i, result) for i in branches) or result
+                break
+            if y is None:
+                shape = list(result.shape)
+                shape[parts[0]] = inputs[0].shape[parts[0]]
+                y = result.new_empty(shape)
+            part(y, parts[0], bounds).copy_(result)
         ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *record.saved())
         return y
 
@@ -404,17 +399,17 @@ class _Recompute(torch.autograd.Function):
             return torch.zeros_like(y) if total is None else total
 
         grads: list[Tensor | None] = [None] * len(inputs)
-        with Replay(ctx.record, saved) as replay:
-            for number, bounds in enumerate(split(inputs, ctx.parts)):
-                pieces = [part(x, dim, bounds) for x in inputs]
-                found = replay.gradients(0, number, pieces, wanted, partial(gradient_of, bounds=bounds))
-                for i, dx in enumerate(found):
-                    if dx is None or bounds.start is None:
-                        grads[i] = dx
-                        continue
-                    if grads[i] is None:
-                        grads[i] = torch.empty_like(inputs[i])
-                    part(grads[i], dim, bounds).copy_(dx)
+        replay = Replay(ctx.record, saved)
+        for number, bounds in enumerate(split(inputs, ctx.parts)):
+            pieces = [part(x, dim, bounds) for x in inputs]
+            found = replay.gradients(0, number, pieces, wanted, partial(gradient_of, bounds=bounds))
+            for i, dx in enumerate(found):
+                if dx is None or bounds.start is None:
+                    grads[i] = dx
+                    continue
+                if grads[i] is None:
+                    grads[i] = torch.empty_like(inputs[i])
+                part(grads[i], dim, bounds).copy_(dx)
         return None, None, None, *grads, *replay.parameter_gradients()
 
 

@@ -125,6 +125,10 @@ def run_blocks(
         for block, mask in zip(blocks, masks, strict=True):
             x1, x2 = checkpoint(_block, block, mask, x1, x2, *args, use_reentrant=False, **contexts)
         return x1, x2
+    if any(m is not None and m.requires_grad for pair in masks for m in pair):
+        raise ValueError(
+            "masks get no gradient from activations='reversible'; detach them, or use activations='cached'"
+        )
     return _run_reversible(blocks, masks, keep_attention, x1, x2, args)
 
 
@@ -157,9 +161,11 @@ def _block(block: nn.Module, mask: tuple, x1: Tensor, x2: Tensor, *args) -> tupl
     return y1, y2
 
 
-def _sum(x: Tensor, y: Tensor, mask: Tensor | None, sign: int = 1) -> Tensor:
+def _sum(x: Tensor, y: Tensor, mask: Tensor | None, sign: int = 1, out: Tensor | None = None) -> Tensor:
     """``x + sign * mask * y``"""
-    return x.add(y, alpha=sign) if mask is None else x.addcmul(y, mask, value=sign)
+    if mask is None:
+        return torch.add(x, y, alpha=sign, out=out)
+    return torch.addcmul(x, y, mask, value=sign, out=out)
 
 
 def _sum_(x: Tensor, y: Tensor, mask: Tensor | None, sign: int = 1) -> Tensor:
@@ -211,9 +217,8 @@ class _Block(torch.autograd.Function):
         ctx, run: _Run, index: int, record: CallRecord, F: _Branch, G: _Branch, num_args: int, *tensors
     ):
         x1, x2, *args = tensors[: 2 + num_args]
-        with record.first_calls():
-            y1 = F.add_to(x1, x2, *args)  # Y1 = X1 + F(X2)
-            y2 = G.add_to(x2, y1)  # Y2 = X2 + G(Y1)
+        y1 = F.add_to(x1, x2, *args)  # Y1 = X1 + F(X2)
+        y2 = G.add_to(x2, y1)  # Y2 = X2 + G(Y1)
         ctx.run, ctx.index, ctx.record, ctx.branches = run, index, record, (F, G)
         ctx.args = without_tensors(args)
         kept = (y1, y2) if index == run.last else ()
@@ -233,12 +238,12 @@ class _Block(torch.autograd.Function):
         before = needs_x and ctx.index > 0  # whether there is a block before this one to go on with
         # Streams and gradients that another block handed on are ours to overwrite.
         ours = ctx.index < ctx.run.last
-        with Replay(ctx.record, saved) as replay:
-            y1, y2 = ctx.run.take() if ours else saved
-            # X2 = Y2 - G(Y1)
-            x2, dx1, _ = G.undo(replay, y2, dy2, [y1], [True], dy1, ours)
-            # X1 = Y1 - F(X2)
-            x1, dx2, dargs = F.undo(replay, y1, dx1, [x2, *args], [needs_x, *needs_args], dy2, ours, before)
+        replay = Replay(ctx.record, saved)
+        y1, y2 = ctx.run.take() if ours else saved
+        # X2 = Y2 - G(Y1)
+        x2, dx1, _ = G.undo(replay, y2, dy2, [y1], [True], dy1, ours)
+        # X1 = Y1 - F(X2)
+        x1, dx2, dargs = F.undo(replay, y1, dx1, [x2, *args], [needs_x, *needs_args], dy2, ours, before)
         if before:
             ctx.run.streams = x1, x2
         return *[None] * 6, dx1, dx2, *dargs, *replay.parameter_gradients()
@@ -253,16 +258,21 @@ class _Branch:
         # Tensors among the arguments may not be split like x.
         if hasattr(type(module), "parts") and not any(isinstance(a, Tensor) for a in args):
             self.parts = module.parts(x)
+            if self.parts[1] < 1:
+                raise ValueError(
+                    f"parts() of {type(module).__name__} must return (dimension, number of parts of at least "
+                    f"1), got {self.parts}"
+                )
         self.dim = self.parts[0]
 
     def add_to(self, x: Tensor, *inputs) -> Tensor:
         """``x + mask * module(*inputs)``"""
-        if self.parts[1] == 1:
-            return _sum(x, _checked(x, self.record.first(self.number, *inputs)), self.mask)
-        y = x.clone()
+        # Into a tensor that is there: autocast would cast the summands of a new one, each by itself.
+        y = torch.empty_like(x)
         for bounds in split(inputs, self.parts):
             cut = partial(part, dim=self.dim, bounds=bounds)
-            _sum_(cut(y), _checked(cut(y), self.record.first(self.number, *map(cut, inputs))), cut(self.mask))
+            result = _checked(cut(x), self.record.first(self.number, *map(cut, inputs)))
+            _sum(cut(x), result, cut(self.mask), out=cut(y))
         return y
 
     def undo(

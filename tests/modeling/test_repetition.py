@@ -1,5 +1,7 @@
 """What a repeated call repeats of the first: random numbers, training flags, autocast, hooks; `recompute`."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 
@@ -42,8 +44,8 @@ class Generator:
 def repeated(record, number, x):
     """The result of a record's call, when it is repeated."""
     seen = []
-    with Replay(record, iter(record.saved())) as replay:
-        replay.gradients(0, number, [x], [True], lambda y: seen.append(y) or torch.ones_like(y))
+    replay = Replay(record, iter(record.saved()))
+    replay.gradients(0, number, [x], [True], lambda y: seen.append(y) or torch.ones_like(y))
     return seen[0]
 
 
@@ -268,3 +270,53 @@ def test_recompute_each_equals_ordinary_autograd():
         results.append(torch.autograd.grad(y, wanted, given))
         assert all(bool((dz == 1).all()) for dz in given), "the caller's gradient was changed"
     assert_same_gradients(*results)
+
+
+class Slow(nn.Module):
+    """Lets other threads in between its two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(DIM, DIM, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x):
+        y = self.layers[0](x)
+        time.sleep(0.001)
+        return self.layers[1](y)
+
+
+def test_threads_that_share_a_module_leave_it_its_parameters_and_all_gradients():
+    body = blocks(3)
+    for block in body:
+        block.F, block.G = Slow(), Slow()
+    sequence, x = ReversibleSequence(body), stream()
+    parameters = list(sequence.parameters())
+
+    def train(_):
+        for _ in range(4):
+            y1, y2 = sequence(x, x)
+            (y1 * y2).sum().backward()
+
+    train(None)
+    alone = [p.grad.clone() for p in parameters]
+    sequence.zero_grad()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(train, range(4)))
+    assert [id(p) for p in sequence.parameters()] == [id(p) for p in parameters]
+    for p, grad in zip(parameters, alone, strict=True):
+        torch.testing.assert_close(p.grad, 4 * grad, rtol=1e-10, atol=1e-10)
+
+
+def test_masks_that_want_a_gradient_and_parts_that_are_none_are_refused():
+    body, x = blocks(2), stream()
+    mask = torch.ones(len(x), dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match="masks get no gradient .* use activations='cached'"):
+        ReversibleSequence(body)(x, x, masks=[(mask, None)] * 2)
+
+    class NoParts(Mlp):
+        def parts(self, x):
+            return 1, 0
+
+    body[0].G = NoParts().double()
+    with pytest.raises(ValueError, match="NoParts must return .* at least 1"):
+        ReversibleSequence(body)(x.requires_grad_(), x)
