@@ -44,6 +44,7 @@ from rev_det.analysis.peers import (
 )
 from rev_det.analysis.presets import PRESETS
 from rev_det.analysis.report import Row, save_json
+from rev_det.devices import cudnn_attention
 from rev_det.doctor import PROBLEM, examine
 from rev_det.engine.metrics import read_metrics
 
@@ -275,6 +276,7 @@ def kernels(run: Run) -> None:
     )
 
 
+@cudnn_attention(False)  # as the trainer has it
 def kernel_row(run: Run, case: Case) -> Row:
     """Milliseconds of a step by kind of kernel, of the processor, and without any kernel."""
     row, steps = Row(case.labels), 2 if run.quick else 10

@@ -46,7 +46,8 @@ class ReversibleSequence(nn.Module):
         blocks: at least one block.
         activations: "reversible" rebuilds activations, "cached" is ordinary autograd, "checkpoint" recomputes
             block by block with ``torch.utils.checkpoint``. Same function, same gradients up to rounding.
-        keep_attention: keep the results of fused attention inside F rather than compute them twice.
+        keep_attention: keep what `kept_attention.attention` computes in F and G rather than compute it twice.
+            Attention called in another way is computed twice, but for "checkpoint", which keeps it too.
 
     Raises:
         ValueError: no blocks, a block without F and G, or an unknown ``activations``.
