@@ -133,6 +133,17 @@ class _SafeConfig(CfgNode):
 class _Loader(yaml.SafeLoader):
     """Plain values and tuples; of expressions the one that Detectron2's RetinaNet configs have."""
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<" and key.value in seen:
+                # YAML's readers would forget the first one, and a block of keys with it.
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} is given twice; make them one", problem_mark=key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
+        return super().construct_mapping(node, deep)
+
 
 def _tuple(loader: _Loader, node: yaml.Node) -> tuple:
     return tuple(loader.construct_sequence(node, deep=True))

@@ -90,6 +90,7 @@ def test_what_a_config_is_based_on_runs_nothing(base, malicious, marker, tmp_pat
         ("SOLVER: {STEPS: !!python/object/apply:eval {args: x}}", "the tag !!python/object/apply:eval "),
         ("MODEL: !!python/name:os.system", "the tag !!python/name:os.system "),
         ("MODEL: !include other.yaml", "the tag !include "),
+        ("SEED: 1\nMODEL: {}\nSEED: 2", "line 3 of .*: SEED is given twice; make them one"),
     ],
 )
 def test_other_files_are_named_with_what_is_wrong(text, message, tmp_path):

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from math import inf, isfinite
 from typing import Any
 
-import pycocotools.mask as mask_util
-
 from ..files import read_json
 
 logger = logging.getLogger(__name__)
@@ -365,21 +363,40 @@ def _mask_problem(segmentation: Any, image: dict) -> tuple[str | None, bool]:
 def _rle_area(rle: dict, image: dict) -> int:
     """Pixels in a run-length encoding, compressed (text) or not (a list); ValueError if it is broken."""
     size, counts = rle.get("size"), rle.get("counts")
-    if size != [image["height"], image["width"]]:
+    if size != [image["height"], image["width"]] or not all(type(side) is int for side in size):
         raise ValueError(
             f"'size' of its run-length encoding is {size}, but image {image['file_name']} has height "
             f"{image['height']} and width {image['width']}"
         )
-    if isinstance(counts, list):
-        if all(type(run) is int and run >= 0 for run in counts) and sum(counts) == size[0] * size[1]:
-            return sum(counts[1::2])
-    elif isinstance(counts, str) and counts:
-        # Six bits per character from "0" on, bit 5 meaning "continued": pycocotools, which reads without
-        # looking, would run over the end of a damaged text.
-        codes = [ord(character) - 48 for character in (min(counts), max(counts), counts[-1])]
-        if codes[0] >= 0 and codes[1] < 64 and not codes[2] & 32:
-            return int(mask_util.area({"size": size, "counts": counts.encode("ascii")}))
+    # pycocotools and what counts like it read without looking: over the end of a damaged text, or for ever.
+    runs = _runs(counts) if isinstance(counts, str) else counts
+    if isinstance(runs, list) and all(type(run) is int and run >= 0 for run in runs):
+        if sum(runs) == size[0] * size[1]:
+            return sum(runs[1::2])
     raise ValueError("'counts' of its run-length encoding is damaged or does not cover the image")
+
+
+def _runs(counts: str) -> list[int] | None:
+    """The lengths in the text of a compressed run-length encoding; None if it is none.
+
+    COCO's format: digits of five bits, the lowest first, as characters from "0" on; bit 5 says that another
+    one follows, bit 4 of the last one is the sign. From the fourth on, lengths are differences to the last
+    but one.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for code in (ord(character) - ord("0") for character in counts):
+        if not 0 <= code < 64:
+            return None
+        value |= (code & 31) << shift
+        shift += 5
+        if code & 32:
+            continue
+        if code & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    return None if shift or not runs else runs
 
 
 def _kind_name(kind: type) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.visualizer import Visualizer
@@ -87,6 +88,7 @@ def _with_classes(records: list[dict], known: Sequence[str], classes: Sequence[s
     return [r for r in records if any(a["category_id"] in wanted for a in r["annotations"])]
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # names of classes may have dollar signs
 def _draw(record: dict[str, Any], metadata: Any) -> Any:
     """(H, W, 3), RGB."""
     visualizer = tile_visualizer(read_rgb(record["file_name"]), metadata)

@@ -62,8 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = argument_parser().parse_args(argv)
     # What load_config settles is worth seeing. set_up_run sees to Detectron2's own loggers.
-    setup_logger(name="rev_det", distributed_rank=int(os.environ.get("RANK", 0)))
+    rank = os.environ.get("RANK", "0")
+    setup_logger(name="rev_det", distributed_rank=int(rank) if rank.isdecimal() else 0)
     try:
+        if not rank.isdecimal():
+            raise ValueError(f"the environment variable RANK is {rank!r}; torchrun sets it to a number")
         if under_torchrun():
             adopt_processes(args)
         if args.config_file:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import matplotlib
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -79,6 +80,7 @@ def draw_curves(metrics_path: str, path: str) -> None:
     write_whole(path, lambda part: figure.savefig(part, dpi=100))
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # names of classes may have dollar signs
 def draw_predictions(
     cfg: CfgNode, model: nn.Module, dataset_name: str, path: str, num_images: int = 8, min_score: float = 0.5
 ) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import matplotlib
 import numpy as np
 from detectron2.data.catalog import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -125,6 +126,7 @@ class PredictionWriter:
         names = {path.name for path in self.folder.iterdir() if path.suffix in extensions}
         return sum(not name.startswith(".part-") for name in names - self._written)
 
+    @matplotlib.rc_context({"text.parse_math": False})  # names of classes may have dollar signs
     def _draw(self, frame: Frame, instances: Instances) -> None:
         if frame.index is not None:
             if self._video is None:
@@ -176,6 +178,7 @@ class _VideoFile:
             f"{self.path} cannot be written: OpenCV has no codec for it; --no-pictures writes JSON alone"
         )
 
+    @matplotlib.rc_context({"text.parse_math": False})  # names of classes may have dollar signs
     def add(self, image: np.ndarray, instances: Instances) -> None:
         picture = self._visualizer.draw_instance_predictions(image, instances).get_image()
         self._writer.write(np.ascontiguousarray(picture[:, :, ::-1]))

@@ -91,3 +91,9 @@ def test_a_policy_that_is_set_is_kept():
 def test_other_commands_do_not_start_twice():
     lines = run_program(PROGRAM.format(arguments=["--version"]) + "print('never')")
     assert lines == ["wait policy None", f"rev_det {rev_det.__version__}"]
+
+
+def test_a_rank_that_is_no_number_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "abc")
+    assert main(["train", "--config-file", "nowhere.yaml"]) == 2
+    assert "the environment variable RANK is 'abc'" in capsys.readouterr().err

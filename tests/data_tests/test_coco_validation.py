@@ -236,6 +236,9 @@ def test_boxes_alone_are_a_valid_dataset(content, write, images):
         ({"size": [40, 60], "counts": [100, 200]}, "damaged"),
         ({"size": [40, 60], "counts": [-1, 2401]}, "damaged"),
         ({"size": [40, 60], "counts": "P["}, "damaged"),
+        ({"size": [40, 60], "counts": "P1"}, "damaged"),  # 32 pixels; evaluation would never end
+        ({"size": [40, 60], "counts": "OOO"}, "damaged"),  # negative lengths
+        ({"size": [40.0, 60.0], "counts": [2400]}, r"'size' .* is \[40.0, 60.0\]"),
         ({"size": [40, 60], "counts": "\u00e9"}, "damaged"),
         ({"size": [40, 60]}, "damaged"),
     ],

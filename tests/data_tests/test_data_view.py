@@ -114,3 +114,10 @@ def test_classes_without_an_image_are_named(pets, content, write, images):
     register_coco_json("cats", write(content, "cats.json"), images)
     with pytest.raises(ValueError, match="no image of dataset 'cats' has an instance of dog"):
         view.draw_annotations("cats", "sheet.png", classes=["dog"])
+
+
+def test_names_of_classes_are_no_formulas(content, write, images, tmp_path):
+    """Matplotlib would draw what stands between dollar signs as one, and fail where it is none."""
+    content["categories"][0]["name"] = r"$\frac{$"
+    Image.new("RGB", (60, 40)).save(os.path.join(images, content["images"][0]["file_name"]))
+    assert sheet(f"pets={write(content)}:{images}", tmp_path / "sheet.png") == 0
