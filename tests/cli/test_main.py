@@ -1,6 +1,7 @@
 """`main`: help, version, errors in one line, the console entry point."""
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -134,7 +135,8 @@ def test_who_reads_no_further_ends_a_command_quietly():
         "sys.stdin.read(); sys.exit(main(['doctor']))"
     )
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], **streams)
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], env=environment, **streams)
     process.stdout.close()
     process.stdin.close()
     error = process.stderr.read().decode()
