@@ -18,8 +18,6 @@ import numpy as np
 import pycocotools.mask as mask_util
 from iopath.common.file_io import file_lock
 
-from ..files import read_json
-
 logger = logging.getLogger(__name__)
 
 # Part of every set's stamp: to be raised whenever the drawing changes, so that old sets are drawn anew.
@@ -103,7 +101,8 @@ def generate_shapes(
 
 def _read_stamp(folder: str) -> dict[str, Any] | None:
     try:
-        return read_json(os.path.join(folder, "stamp.json"))
+        with open(os.path.join(folder, "stamp.json"), encoding="utf-8") as file:
+            return json.load(file)
     except (OSError, ValueError):
         return None
 

@@ -1,6 +1,7 @@
 """`main`: help, version, errors in one line, the console entry point."""
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -128,9 +129,14 @@ def test_too_little_memory_is_one_line(error, monkeypatch, capsys):
 
 
 def test_who_reads_no_further_ends_a_command_quietly():
-    code = "import sys; from rev_det.cli import main; sys.stdin.read(); sys.exit(main(['doctor']))"
+    # A line that stays in the buffer until the end.
+    code = (
+        "import sys; from rev_det.cli import doctor, main; doctor.run = lambda args: print('a line') or 0; "
+        "sys.stdin.read(); sys.exit(main(['doctor']))"
+    )
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], **streams)
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], env=environment, **streams)
     process.stdout.close()
     process.stdin.close()
     error = process.stderr.read().decode()
