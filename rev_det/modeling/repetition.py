@@ -51,7 +51,7 @@ class Generators:
             torch.get_device_module(self.device).set_rng_state(state, self.device)
 
     def states_if_drawn(self) -> list[Tensor] | None:
-        """The states after the last call, if there was a draw since then."""
+        """The states from before the last call, if it drew from them."""
         before, self.last = self.last, self.states()
         # Read from memory: a comparison of tensors would be seen by modes that watch or replace operators.
         drawn = any(_bytes(a) != _bytes(b) for a, b in zip(before, self.last, strict=True))
