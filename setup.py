@@ -98,11 +98,12 @@ setup(
     # In the repository configs/ is at the top, where users of Detectron2 look for it; in a wheel it is inside
     # the package.
     packages=[*find_packages(include=["rev_det", "rev_det.*"]), "rev_det.configs"],
+    py_modules=["rev_det_cli"],
     package_dir={"rev_det.configs": "configs"},
     package_data={"rev_det.configs": ["**/*.yaml"], "rev_det.report": ["page.html", "page.css"]},
     install_requires=requirements(),
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["rev-det = rev_det.cli:main"]},
+    entry_points={"console_scripts": ["rev-det = rev_det_cli:main"]},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

@@ -12,7 +12,8 @@ import cv2
 import pytest
 from detectron2.config import get_cfg
 
-from rev_det import add_rev_det_config, cli
+import rev_det_cli
+from rev_det import add_rev_det_config
 from rev_det.data import generate_shapes
 from rev_det.engine import argument_parser
 
@@ -81,14 +82,14 @@ OF_REV_DET = [line for line in COMMANDS if line.startswith("rev-det ")]
 def test_arguments_of_rev_det_exist(line, monkeypatch):
     words = shlex.split(re.sub(r"\$\(.*?\)", "0" * 64, line))[1:]
     called = []
-    for name in cli.COMMANDS:
+    for name in rev_det_cli.COMMANDS:
         monkeypatch.setattr(f"rev_det.cli.{name}.run", lambda args: called.append(args) or 0)
     if words == ["--help"]:
         with pytest.raises(SystemExit) as done:
-            cli.main(words)
+            rev_det_cli.main(words)
         assert done.value.code == 0
     else:
-        assert cli.main(words) == 0 and called
+        assert rev_det_cli.main(words) == 0 and called
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("python train_net.py ")])

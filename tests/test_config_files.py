@@ -5,9 +5,9 @@ import yaml
 from detectron2.config import get_cfg
 from detectron2.model_zoo import get_config_file
 
-from rev_det.cli import main
 from rev_det.config import add_rev_det_config
 from rev_det.config_files import read_config_file
+from rev_det_cli import main
 
 RUNS_CODE = "!!python/object/apply:os.mkdir"
 

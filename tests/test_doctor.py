@@ -13,8 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rev_det import doctor
-from rev_det.cli import main
 from rev_det.doctor import NOTE, OK, PROBLEM, Finding, examine
+from rev_det_cli import main
 
 
 def found(what):
@@ -249,7 +249,7 @@ class Hide:
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *args: None if name.startswith("detectron2") else real(name, *args)
 sys.meta_path.insert(0, Hide())
-from rev_det.cli import main
+from rev_det_cli import main
 sys.exit(main({list(arguments)}))
 """
     command = [sys.executable, "-W", "ignore", "-c", code]
@@ -277,7 +277,7 @@ def test_with_a_broken_torchvision_other_commands_send_to_the_doctor(tmp_path):
     (tmp_path / "torchvision").mkdir()
     reason = "operator torchvision::nms does not exist"
     (tmp_path / "torchvision" / "__init__.py").write_text(f"raise RuntimeError({reason!r})")
-    code = "import sys; from rev_det.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from rev_det_cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-W", "ignore", "-c", code, "data", "check", "a=b:c"]
     environ = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)

@@ -16,9 +16,9 @@ from torch import nn
 
 import rev_det.export as module
 from rev_det import model_zoo
-from rev_det.cli import main
 from rev_det.engine import build_detector
 from rev_det.export import DESCRIPTION, check_target, export
+from rev_det_cli import main
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "export.md"
 # torch.jit is, but nothing else takes a detector of any size.

@@ -17,52 +17,9 @@ if TYPE_CHECKING:
     from ..analysis.flops import ModuleCost
     from ..analysis.report import Row
 
-SUMMARY = "parameters, FLOPs, and images per GPU of a detector"
-
-_EPILOG = """
-examples:
-  rev-det analyze mask_rcnn_rev_mvit_b_fpn_3x --size 800x1280
-  rev-det analyze output/config.yaml --no-flops --opts MODEL.REV.KEEP_ATTENTION False
-  how exactly the blocks' inputs are rebuilt, with trained weights:
-  rev-det analyze output/config.yaml --no-flops --no-fits --inversion --opts MODEL.WEIGHTS model_final.pth
-"""
 
 # In the order in which a command line is written down.
 _OPTIONS = ("size", "depth", "no_flops", "no_fits", "inversion", "json", "csv", "plot", "opts")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG
-    parser.add_argument(
-        "config",
-        metavar="CONFIG",
-        nargs="?",
-        help="a YAML file, ours or any of Detectron2's, or the name of a model in the zoo",
-    )
-    parser.add_argument(
-        "--config-file", dest="config_option", metavar="CONFIG", help="the same, as other commands have it"
-    )
-    parser.add_argument(
-        "--size",
-        metavar="HxW",
-        help="of images in pixels (default: what INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST give)",
-    )
-    parser.add_argument("--no-flops", action="store_true", help="leave out parameters and FLOPs")
-    parser.add_argument("--no-fits", action="store_true", help="leave out the images that fit on GPUs")
-    parser.add_argument(
-        "--inversion", action="store_true", help="error of rebuilding each reversible block's inputs"
-    )
-    parser.add_argument(
-        "--depth", type=int, default=3, metavar="N", help="levels of modules to list (default: 3)"
-    )
-    out = parser.add_argument_group("output, besides the tables")
-    out.add_argument("--json", metavar="FILE")
-    out.add_argument("--csv", metavar="FILE")
-    out.add_argument("--plot", metavar="FILE", help="the images that fit, as a picture: .png, .pdf or .svg")
-    parser.add_argument(
-        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys that override the file's"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -19,23 +19,9 @@ if TYPE_CHECKING:
 
     from ..analysis.cases import Case, Counting, Measuring
 
-SUMMARY = "memory, FLOPs and time of a training step, ours beside its peers"
 
-_MODELS = ("rev_mvit_b", "rev_vit_s", "rev_vit_b", "rev_vit_l")
-_PRESETS = ("detection", "depth", "table1", "figure1", "figure3b", "figure3c")
 # Those that look for the largest batch.
 _LIMITED_PRESETS = ("table1", "figure3b", "figure3c")
-_EPILOG = """
-examples:
-  memory and FLOPs beside all peers, counted:
-    rev-det bench --model rev_mvit_b --size 800x1344 --batch 2 --peers
-  a whole detector, on the GPU:
-    rev-det bench --config-file configs/COCO-Detection/mask_rcnn_rev_mvit_b_fpn_3x.yaml --device cuda
-  the largest batch on a card of 16 GB:
-    rev-det bench --model rev_vit_b --size 224x224 --dtype fp32 --max-batch --memory-limit 16GB
-  memory against depth, as a picture:
-    rev-det bench --preset depth --plot depth.png
-"""
 _DEFINITIONS = {
     "counted": (
         "Counted, without running the step on a device, by the rules of {rules}: peak memory has gradients "
@@ -57,67 +43,6 @@ _OPTIONS = (
     *("model", "config_file", "preset", *_CASE_OPTIONS, "memory_limit"),
     *("count", "device_rules", "device", "warm_up", "steps", "json", "csv", "plot", "opts"),
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG
-    what = parser.add_argument_group("what to train").add_mutually_exclusive_group()
-    what.add_argument("--model", choices=_MODELS, help="a backbone alone (default: rev_mvit_b)")
-    what.add_argument(
-        "--config-file",
-        metavar="CONFIG",
-        help="a whole detector, optimizer and all: a YAML file, or the name of a model in the zoo",
-    )
-    what.add_argument(
-        "--preset", choices=_PRESETS, help="a set of cases: the paper's table and figures, and ours"
-    )
-    parser.add_argument(
-        "--opts",
-        nargs="+",
-        default=[],
-        metavar="KEY VALUE",
-        help="config keys that override the config file's",
-    )
-    cases = parser.add_argument_group("cases; every combination is run")
-    cases.add_argument("--activations", nargs="+", metavar="MODE", help="cached, checkpoint, reversible")
-    cases.add_argument(
-        "--keep-attention",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="keep the results of fused attention when recomputing (default: yes)",
-    )
-    cases.add_argument(
-        "--peers",
-        action="store_true",
-        help="besides: cached, checkpoint with and without kept attention, Detectron2's own model",
-    )
-    cases.add_argument("--depth", nargs="+", type=int, metavar="N", help="blocks")
-    cases.add_argument("--batch", nargs="+", type=int, metavar="N", help="images in a step (default: 2)")
-    cases.add_argument("--size", nargs="+", metavar="HxW", help="in pixels (default: 800x1344)")
-    cases.add_argument("--dtype", choices=("bf16", "fp32"), help="of autocast (default: bf16)")
-    cases.add_argument(
-        "--max-batch", action="store_true", help="find the largest batch that fits instead of --batch"
-    )
-    cases.add_argument("--memory-limit", metavar="16GB", help="memory there is to be; enforced on a device")
-    how = parser.add_argument_group("how")
-    method = how.add_mutually_exclusive_group()
-    method.add_argument("--count", action="store_true", help="count, as without --device")
-    method.add_argument("--device", help="cuda, cuda:1 or cpu: measure there")
-    how.add_argument(
-        "--device-rules",
-        choices=("cuda", "cpu"),
-        help="whose autocast and kernels are counted (default: cuda)",
-    )
-    how.add_argument(
-        "--warm-up", type=int, metavar="N", help="steps before the timed ones (5; detectors: 100)"
-    )
-    how.add_argument("--steps", type=int, metavar="N", help="timed steps (20; detectors: 400)")
-    out = parser.add_argument_group("output, besides the table")
-    out.add_argument("--at-peak", type=int, metavar="N", help="list the N largest tensors alive at each peak")
-    out.add_argument("--json", metavar="FILE")
-    out.add_argument("--csv", metavar="FILE")
-    out.add_argument("--plot", metavar="FILE", help="a picture: .png, .pdf or .svg")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -11,38 +10,8 @@ if TYPE_CHECKING:
     from ..classify import Accuracy, Classifier, ImageFiles
     from ..engine.amp import Precision
 
-SUMMARY = "classify images, or measure top-1 and top-5 on ImageNet"
 
 _VALIDATION_IMAGES = 50_000
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--weights",
-        required=True,
-        metavar="FILE",
-        help="path or URL of a published file, with its classifier",
-    )
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files")
-    parser.add_argument(
-        "--imagenet",
-        metavar="DIR",
-        help="instead of images: a folder with a folder of images for each class, in order of their names",
-    )
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes to print for each IMAGE (5)")
-    parser.add_argument("--labels", metavar="FILE", help="text file with the name of a class on each line")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (64)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; a GPU if there is one if not given")
-    parser.add_argument(
-        "--amp", action="store_true", help="mixed precision: bfloat16 where the device has it, else float16"
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=min(4, os.cpu_count() or 1),
-        metavar="N",
-        help="processes that read images (up to 4, as the machine has cores)",
-    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,46 +12,12 @@ if TYPE_CHECKING:
 
     from ..data.check import Finding
 
-SUMMARY = "check and view data in COCO's format"
 
-_FORM = "NAME=JSON:IMAGES"
 _PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-
-    check = actions.add_parser(
-        "check",
-        help="say what is wrong, and how bad",
-        description="Examine annotations and decode every image: broken files, wrong sizes, masks and boxes "
-        "outside, empty classes, duplicate ids; with several sets also images that two of them share. The "
-        "exit code is 1 if there are errors: training would stop, or mean nothing.",
-    )
-    check.add_argument(
-        "sets", nargs="+", metavar=_FORM, help="a name, annotations and the folder of the images"
-    )
-    check.set_defaults(perform=_check)
-
-    view = actions.add_parser(
-        "view",
-        help="draw annotated images",
-        description="Draw a contact sheet of annotated images, chosen by chance.",
-    )
-    view.add_argument("set", metavar=_FORM, help="a name, annotations and the folder of the images")
-    view.add_argument("--output", metavar="FILE", help="the picture (default: NAME.png)")
-    view.add_argument("--num", type=int, default=16, metavar="N", help="images at most (default: 16)")
-    view.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="another one shows others (default: 0)"
-    )
-    view.add_argument(
-        "--classes", nargs="+", default=[], metavar="NAME", help="images with one of these alone"
-    )
-    view.set_defaults(perform=_view)
-
-
 def run(args: argparse.Namespace) -> int:
-    return args.perform(args)
+    return _check(args) if args.action == "check" else _view(args)
 
 
 def _check(args: argparse.Namespace) -> int:

@@ -7,12 +7,6 @@ from __future__ import annotations
 
 import argparse
 
-SUMMARY = "examine the installation"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
-
 
 def run(args: argparse.Namespace) -> int:
     from ..doctor import PROBLEM, examine

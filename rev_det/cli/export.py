@@ -13,48 +13,6 @@ if TYPE_CHECKING:
     from detectron2.config import CfgNode
     from torch import Tensor
 
-SUMMARY = "a trained detector as TorchScript, ONNX or torch.export"
-
-_EPILOG = """
-examples:
-  a detector as TorchScript, for images of any size, with the config beside the weights:
-    rev-det export --weights output/demo/model_final.pth --format torchscript --output detector.ts
-  as ONNX, for images of 800 x 1344 pixels, with scores from 0.5:
-    rev-det export --config-file mask_rcnn_rev_mvit_b_fpn_3x --weights model_final.pth --format onnx
-        --size 800 1344 --output detector.onnx MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.5
-  its backbone for torch.export:
-    rev-det export --weights model_final.pth --format torch-export --part backbone --output backbone.pt2
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG
-    parser.add_argument(
-        "--config-file",
-        metavar="CONFIG",
-        help="a YAML file, or the name of a model in the zoo (default: config.yaml beside the weights)",
-    )
-    parser.add_argument("--weights", metavar="FILE", help="of a trained detector")
-    parser.add_argument("--format", required=True, help="torchscript, onnx or torch-export")
-    parser.add_argument("--part", default="detector", help="detector (default) or backbone")
-    parser.add_argument("--output", required=True, metavar="FILE", help="ends with .ts or .pt, .onnx or .pt2")
-    parser.add_argument(
-        "--size",
-        nargs=2,
-        type=int,
-        metavar=("H", "W"),
-        help="of the input it is made with; a detector in ONNX takes no other (default: as the config tests)",
-    )
-    parser.add_argument(
-        "--image",
-        metavar="FILE",
-        help="to try the detector on, with objects of its classes (default: a pattern)",
-    )
-    parser.add_argument(
-        "opts", nargs="*", metavar="KEY VALUE", help="config keys that override the config file's"
-    )
-
 
 def run(args: argparse.Namespace) -> int:
     """Export, and say how equal file and model are.

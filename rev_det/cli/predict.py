@@ -11,65 +11,11 @@ if TYPE_CHECKING:
 
     from ..predict import Detector, PredictionWriter, Source
 
-SUMMARY = "predict on images, folders and videos"
 
-_EPILOG = """
-examples:
-  with what a training run wrote, on a folder and a video:
-    rev-det predict photos/ street.mp4 --run output/demo
-  with weights and the name of a config, a few classes alone:
-    rev-det predict "photos/**/*.jpg" --weights model_final.pth
-        --config-file mask_rcnn_rev_mvit_b_fpn_3x --classes person dog --threshold 0.7
-  results for an evaluation, with the image ids of its file:
-    rev-det predict val/ --run output --dataset-json val.json --threshold 0.05 --no-pictures
-"""
 # Classes to list in the summary.
 _LISTED = 8
 # Files to look at again where nothing was found.
 _LOOKED_AT = 4
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG
-    parser.add_argument(
-        "inputs",
-        nargs="+",
-        metavar="INPUT",
-        help="image or video files, folders (not those below them), patterns in quotes",
-    )
-    model = parser.add_argument_group("detector")
-    model.add_argument(
-        "--run", metavar="DIR", help="OUTPUT_DIR of a training: its config and last checkpoint"
-    )
-    model.add_argument("--weights", metavar="FILE", help="of a trained detector")
-    model.add_argument(
-        "--config-file",
-        metavar="CONFIG",
-        help="a YAML file, or the name of a model in the zoo (default: config.yaml beside the weights)",
-    )
-    model.add_argument(
-        "--dataset-json",
-        metavar="FILE",
-        help="in COCO's format: names of the classes, ids of the images (default: the data trained on)",
-    )
-    what = parser.add_argument_group("what is kept and written")
-    what.add_argument("--output", default="predictions", metavar="DIR", help="folder (default: predictions)")
-    what.add_argument("--threshold", type=float, default=0.5, metavar="S", help="lowest score (default: 0.5)")
-    what.add_argument("--classes", nargs="+", default=[], metavar="NAME", help="these alone (default: all)")
-    what.add_argument("--no-pictures", action="store_true", help="write the JSON files alone: much faster")
-    how = parser.add_argument_group("how")
-    how.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at a time (default: 1)")
-    how.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    how.add_argument(
-        "--amp",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="mixed precision (default: as the config says on a GPU, none on the CPU)",
-    )
-    how.add_argument(
-        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="config keys that override the config's"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

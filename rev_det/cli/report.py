@@ -7,13 +7,6 @@ from __future__ import annotations
 
 import argparse
 
-SUMMARY = "one HTML page of a training run"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="OUTPUT_DIR", help="of the training run")
-    parser.add_argument("--output", metavar="FILE", help="the page (default: OUTPUT_DIR/report.html)")
-
 
 def run(args: argparse.Namespace) -> int:
     from ..report import write_report

@@ -5,13 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-SUMMARY = "train or evaluate a detector"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    # Detectron2's arguments, which only its own parser can read; `main` puts "--" before them.
-    parser.add_argument("arguments", nargs="*")
-
 
 def run(args: argparse.Namespace) -> int:
     from .. import engine

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rev_det.cli import main
+from rev_det_cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = str(ROOT / "configs" / "Quickstart" / "mask_rcnn_rev_mvit_nano_fpn.yaml")

@@ -8,9 +8,9 @@ from image_folder import make_image, save_by_rank, save_images
 from tiny_named import add_tiny_model, save_tiny, tiny_logits
 
 from rev_det.classify import Accuracy, preprocessing
-from rev_det.cli import main
 from rev_det.cli.classify import compare_with_published
 from rev_det.engine.amp import Precision
+from rev_det_cli import main
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling import build_model
 from nano_detector import nano_config, save_image
 
-from rev_det.cli import main
+from rev_det_cli import main
 
 THRESHOLD = "MODEL.ROI_HEADS.SCORE_THRESH_TEST"
 

@@ -4,7 +4,7 @@ import pytest
 from detectron2.config import get_cfg
 
 from rev_det import add_rev_det_config
-from rev_det.cli import main
+from rev_det_cli import main
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import rev_det.engine
-from rev_det.cli import main
+from rev_det_cli import main
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ import os, sys
 print("wait policy", os.environ.get("OMP_WAIT_POLICY"), flush=True)
 sys.argv[:] = ["rev-det", *{arguments}]
 import torch
-from rev_det.cli import main
+from rev_det_cli import main
 sys.exit(main())
 """
 

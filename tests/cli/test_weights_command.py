@@ -11,7 +11,7 @@ from tiny_named import add_tiny_model, save_tiny
 
 from rev_det.checkpoint import load_pretrained
 from rev_det.checkpoint.geometry import NAMED_MODELS
-from rev_det.cli import main
+from rev_det_cli import main
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pycocotools.mask as mask_util
 import pytest
 from PIL import Image
 
-from rev_det.cli import main
 from rev_det.data.check import ERROR, NOTE, WARNING, check_data, check_overlap
+from rev_det_cli import main
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rev_det.cli import main
 from rev_det.data import register_coco_json, view
+from rev_det_cli import main
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """A run that an earlier version was stopped in goes on, and is evaluated, as that version would have done it.
 
-Weights, AdamW's state and the sampler's position come from ``tests/data/stored_run``, written by rev_det 0.1.0.
+Weights, AdamW's state and the sampler's position are in ``tests/data/stored_run``, of rev_det 0.1.0.
 """
 
 import json

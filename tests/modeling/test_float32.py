@@ -25,10 +25,10 @@ from torchvision.ops import roi_align
 
 from rev_det import model_zoo
 from rev_det.analysis.detector import DetectorStep
-from rev_det.cli import main
 from rev_det.engine import Trainer
 from rev_det.modeling import float32_boxes
 from rev_det.predict import Origin, load_detector
+from rev_det_cli import main
 
 HEIGHT, WIDTH = 800, 1333
 PIXELS = 0.01

@@ -11,8 +11,8 @@ from nano_detector import save_image
 from PIL import Image
 from pycocotools.coco import COCO
 
-from rev_det.cli import main
 from rev_det.predict import Detector, find_sources, read_frames
+from rev_det_cli import main
 
 
 @pytest.fixture
