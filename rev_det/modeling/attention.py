@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .kept_attention import attention, to_autocast_dtype
+from .kept_attention import attention, autocast_dtype, to_autocast_dtype
 from .layers import Linear, layer_norm
 
 
@@ -33,8 +33,9 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         layers = self.q, self.k, self.v
-        if all(type(m) is Linear and not _has_hooks(m) for m in layers):
-            # As one product: x is read once, and its gradient is written once.
+        casts = autocast_dtype(x) is not None
+        if casts and all(type(m) is Linear and not _has_hooks(m) for m in layers):
+            # As one product of weights that are cast anyway: x is read once, its gradient is written once.
             weight = torch.cat([to_autocast_dtype(m.weight) for m in layers])
             bias = None if self.q.bias is None else torch.cat([to_autocast_dtype(m.bias) for m in layers])
             qkv = functional.linear(x, weight, bias).chunk(3, -1)

@@ -210,9 +210,12 @@ def fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module | None = None) -
     if isinstance(bottom_up, RevMViT):
         # A norm that nothing reads would be without a gradient, which DistributedDataParallel refuses.
         bottom_up.drop_outputs(set(scales) - set(in_features))
+    last = in_features[-1]
     if top_block is None:
-        last = in_features[-1]
         top_block = LastLevelP6P7(shapes[last].channels, cfg.MODEL.FPN.OUT_CHANNELS, in_feature=last)
+    elif isinstance(top_block, LastLevelMaxPool):
+        # Detectron2's is fixed to p5; three stages end at p4.
+        top_block.in_feature = f"p{strides[-1].bit_length() - 1}"
     return RevFPN(
         bottom_up=bottom_up,
         in_features=in_features,

@@ -167,8 +167,8 @@ def _saved_names(node: type) -> list[str]:
 @cache
 def _say_not_kept(kernel: str, width: int, dtype: str) -> None:
     logger.warning(
-        "No fused kernel took the attention of heads %s wide in %s (torch chose %s): its result is not kept "
-        "but computed again in the backward pass",
+        "Attention with heads %s wide in %s is computed again in the backward pass: torch chose %s, whose "
+        "result cannot be kept",
         width,
         dtype,
         kernel,

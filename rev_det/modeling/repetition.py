@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from .kept_attention import AttentionTape, KeptResult
 
@@ -260,15 +262,18 @@ class Replay:
 def _replaced(slots: Sequence[tuple], others: Mapping[Tensor, Tensor]) -> Iterator[None]:
     """A context in which modules have the tensors of these slots, or others in their place.
 
-    One thread at a time: the modules are the caller's, who may use them in several.
+    One thread at a time: the modules are the caller's, who may use them in several. Parametrizations are
+    computed in every call: a cached one has the graph of another call, or none.
     """
     with _swapping:
+        cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
         present = [tensors.get(name) for tensors, name, _ in slots]
         for tensors, name, x in slots:
             tensors[name] = others.get(x, x)
         try:
             yield
         finally:
+            parametrize._cache_enabled = cached
             for (tensors, name, _), x in zip(slots, present, strict=True):
                 tensors[name] = x
 
@@ -285,7 +290,18 @@ _TENSOR = object()
 
 
 def without_tensors(values: Sequence) -> list:
-    """What a function's context may keep of its arguments; the tensors among them are saved apart."""
+    """What a function's context may keep of its arguments; the tensors among them are saved apart.
+
+    Raises:
+        ValueError: a tensor that requires a gradient is inside a list, tuple or dictionary.
+    """
+    for value in values:
+        if isinstance(value, (list, tuple, dict)):
+            if any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(value)):
+                raise ValueError(
+                    f"a tensor inside a {type(value).__name__} would get no gradient from what is computed "
+                    "again in the backward pass: pass it as an argument of its own"
+                )
     return [_TENSOR if isinstance(x, Tensor) else x for x in values]
 
 

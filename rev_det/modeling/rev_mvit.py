@@ -93,7 +93,7 @@ class StageTransition(nn.Module):
 
     def _kept_attention(self, z: Tensor, hw: tuple[int, int], mask: Tensor | None) -> Tensor:
         attn = self.F.attn
-        residual = recompute(self._residual, z, hw, modules=[self.widen, *attn.modules_of("q")])
+        residual = recompute(self._residual, z, hw, modules=[self.widen, attn.pool_q, attn.norm_q])
         # Before pooling q, k and v are large: the backward pass computes one at a time.
         q, k, v = recompute_each(
             (lambda z: to_autocast_dtype(self.F.norm(z)), [self.F.norm]),

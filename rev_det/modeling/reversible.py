@@ -36,7 +36,9 @@ class ReversibleSequence(nn.Module):
     attention. What they read besides inputs, parameters and buffers gets no gradient; double backward raises.
     The rebuild repeats the random numbers, autocast state and ``training`` flags of the forward pass. It is a
     second evaluation all the same: forward hooks run again, and BatchNorm updates its running statistics
-    again (momentum ``1 - (1 - m) ** 0.5`` makes two updates as large as one with m).
+    again (momentum ``1 - (1 - m) ** 0.5`` makes two updates as large as one with m). What computes with a
+    buffer that it changes itself, as ``spectral_norm`` does in training, is not repeated exactly. Parameters
+    that the loss does not depend on get zeros where "cached" leaves None.
 
     To bound the working memory, an F or G may have a method ``parts(x) -> (dim, number)``: it is then applied
     in that many parts of x along a dimension whose positions it treats independently, such as samples or

@@ -67,6 +67,17 @@ def test_levels_are_the_ones_detectron2s_heads_expect(name):
         assert names == ["last_feat"]
 
 
+def test_three_stages_end_at_p4_with_detectron2s_max_pool_above():
+    cfg = nano_config("build_rev_mvit_fpn_backbone")
+    cfg.MODEL.REV_MVIT.LAST_BLOCK_INDEXES, cfg.MODEL.REV_MVIT.DEPTH = (0, 2, 5), 6
+    cfg.MODEL.REV_MVIT.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["scale2", "scale3", "scale4"]
+    backbone = build_backbone(cfg)
+    outputs = backbone(torch.randn(1, 3, 64, 64))
+    assert {name: shape.stride for name, shape in backbone.output_shape().items()} == {
+        name: 64 // outputs[name].shape[-1] for name in ("p2", "p3", "p4", "p5")
+    }
+
+
 @pytest.mark.parametrize("name", [n for n in BUILDERS if "fpn" in n])
 def test_detectors_pad_images_to_multiples_of_32(name):
     backbone = build_backbone(nano_config(name))

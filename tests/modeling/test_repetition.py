@@ -10,6 +10,8 @@ import torch
 from small_blocks import DIM, Mlp, assert_same, assert_same_gradients, blocks, step, stream
 from torch import nn
 from torch.autograd.graph import save_on_cpu
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from rev_det.modeling.layers import Linear
@@ -305,6 +307,35 @@ def test_threads_that_share_a_module_leave_it_its_parameters_and_all_gradients()
     assert [id(p) for p in sequence.parameters()] == [id(p) for p in parameters]
     for p, grad in zip(parameters, alone, strict=True):
         torch.testing.assert_close(p.grad, 4 * grad, rtol=1e-10, atol=1e-10)
+
+
+def test_parametrizations_that_the_caller_caches_get_their_gradients():
+    """A weight that was computed in a first call, without gradients, must not be found in the second."""
+
+    def make():
+        body = blocks(2)
+        for block in body:
+            parametrizations.weight_norm(block.G.out)
+        return body
+
+    x = stream()
+    expected = step(ReversibleSequence(make(), "cached"), x, x)
+    with parametrize.cached():
+        assert_same(step(ReversibleSequence(make()), x, x), expected)
+
+
+@pytest.mark.parametrize("pack", [lambda x: [x], lambda x: (1, x), lambda x: {"context": [x]}])
+def test_tensors_inside_other_arguments_are_refused_where_they_want_a_gradient(pack):
+    body, x = blocks(1), stream()
+    body[0].F = SumOfLeaves()
+    ReversibleSequence(body)(x.requires_grad_(), x, pack(x.detach()))
+    with pytest.raises(ValueError, match="would get no gradient .* an argument of its own"):
+        ReversibleSequence(body)(x, x, pack(x))
+
+
+class SumOfLeaves(nn.Module):
+    def forward(self, x, packed):
+        return x + sum(tree_leaves(packed))
 
 
 def test_masks_that_want_a_gradient_and_parts_that_are_none_are_refused():
