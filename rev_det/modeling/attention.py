@@ -33,11 +33,11 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         layers = self.q, self.k, self.v
-        casts = autocast_dtype(x) is not None
-        if casts and all(type(m) is Linear and not _has_hooks(m) for m in layers):
+        dtype = autocast_dtype(x)
+        if dtype is not None and all(type(m) is Linear and not _has_hooks(m) for m in layers):
             # As one product of weights that are cast anyway: x is read once, its gradient is written once.
-            weight = torch.cat([to_autocast_dtype(m.weight) for m in layers])
-            bias = None if self.q.bias is None else torch.cat([to_autocast_dtype(m.bias) for m in layers])
+            weight = torch.cat([m.weight.to(dtype) for m in layers])
+            bias = None if self.q.bias is None else torch.cat([m.bias.to(dtype) for m in layers])
             qkv = functional.linear(x, weight, bias).chunk(3, -1)
         else:  # somebody's own layers, or hooks that want to see them
             qkv = (layer(x) for layer in layers)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -61,6 +61,7 @@ class Generators:
 
 
 _swapping = threading.RLock()
+Slot = tuple[dict, str, Tensor]  # a module's parameters or buffers, the name of one, and that one
 Used = tuple[Callable[..., Tensor], Sequence[nn.Module]]  # a function and all modules that it uses
 
 
@@ -84,58 +85,63 @@ class CallRecord:
         kind = generators.device.type
         if torch.amp.is_autocast_available(kind):
             self.autocast = kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        self.training: dict[nn.Module, bool] = {}
+        self.training: list[tuple[nn.Module, bool]] = []
         # Where each parameter and buffer is, so that the repeated calls find the same ones:
         # torch.func.functional_call, for instance, puts others there for one call.
-        self.slots: list[tuple[dict, str, Tensor]] = []
+        self.slots: list[Slot] = []
         self.read: list[Tensor] = []  # parameters, also frozen ones: changes to these are to be noticed
         self.parameters_of: list[list[Tensor]] = []  # of each function
-        self.castable: list[tuple[dict, str, Tensor]] = []
-        uncast: set[Tensor] = set()
+        castable: list[Slot] = []
+        # Tensors are told apart by their id: hashing one is a call of Python.
+        parameters: dict[int, Tensor] = {}
+        uncast: set[int] = set()
+        seen: set[nn.Module] = set()
         with _swapping:  # or another thread's stand-ins would be taken for parameters
             for _, modules in functions:
-                found = dict.fromkeys(submodule for m in modules for submodule in m.modules())
-                tensors = (x for m in found for x in (*m._parameters.values(), *m._buffers.values()))
-                trained = (x for x in tensors if x is not None and x.requires_grad)
-                self.parameters_of.append(list(dict.fromkeys(trained)))
-                self.training |= {m: m.training for m in found}
-            for m in self.training:
-                slots = [
-                    (tensors, name, x)
-                    for tensors in (m._parameters, m._buffers)
-                    for name, x in tensors.items()
-                    if x is not None
-                ]
-                self.slots += slots
-                self.read += (x for x in m._parameters.values() if x is not None)
-                if self._is_cast(m):
-                    self.castable += [slot for slot in slots if slot[2].dtype is torch.float32]
-                else:
-                    uncast |= {x for *_, x in slots}
+                own: dict[int, Tensor] = {}
+                for m in _submodules(modules):
+                    slots = [(m._parameters, name, x) for name, x in m._parameters.items() if x is not None]
+                    own |= {id(x): x for *_, x in slots if x.requires_grad}
+                    if m in seen:
+                        continue
+                    seen.add(m)
+                    self.training.append((m, m.training))
+                    self.read += (x for *_, x in slots)
+                    slots += [(m._buffers, name, x) for name, x in m._buffers.items() if x is not None]
+                    self.slots += slots
+                    if self._is_cast(m):
+                        castable += (slot for slot in slots if slot[2].dtype is torch.float32)
+                    else:
+                        uncast |= {id(x) for *_, x in slots}
+                self.parameters_of.append(list(own.values()))
+                parameters |= own
         # Not what a module that reads float32 shares with them.
-        self.castable = [slot for slot in self.castable if slot[2] not in uncast]
-        self.parameters = list(dict.fromkeys(p for own in self.parameters_of for p in own))
+        self.castable = [slot for slot in castable if id(slot[2]) not in uncast]
+        self.parameters = list(parameters.values())
         # What each call needs: the kernel and number of tensors of each attention that was kept, and the
         # generators' states before it, if it drew.
         self.calls: list[list[tuple[list, list[Tensor] | None]]] = [[] for _ in functions]
         self._kept: list[Tensor | None] = []
-        self._copies: dict[Tensor, Tensor] | None = None  # of weights, for the first calls
+        self._copies: list[Tensor] | None = None  # of castable parameters, for the first calls
 
     def _is_cast(self, m: nn.Module) -> bool:
         """Whether autocast reads a module's parameters in its own type alone: its class itself says so."""
         lowered = self.autocast is not None and self.autocast[1]
         return lowered and "casts_parameters" in vars(type(m)) and not m._forward_pre_hooks
 
-    def low_precision(self) -> dict[Tensor, Tensor]:
-        """Copies of the castable parameters in autocast's type, by one operation. Gradients are off."""
-        tensors = [x for *_, x in self.castable]
-        return dict(zip(tensors, _cast(tensors, self.autocast[2]), strict=True)) if tensors else {}
+    def low_precision(self) -> dict[int, Tensor]:
+        """Copies of the castable parameters in autocast's type, by one operation, under these' id."""
+        originals = {id(x): x for *_, x in self.castable}
+        if not originals:
+            return originals
+        return dict(zip(originals, _cast(list(originals.values()), self.autocast[2]), strict=True))
 
     def first(self, function: int, *inputs) -> Tensor:
         """Call the function of that number, without gradients."""
         call, kept = self.functions[function], ()
         if self._copies is None:
-            self._copies = self.low_precision()
+            copies = self.low_precision()
+            self._copies = [copies[id(x)] for *_, x in self.castable]
         with _replaced(self.castable, self._copies):
             if self.keep_attention:
                 result, kept = AttentionTape().record(call, *inputs)
@@ -176,8 +182,9 @@ class Replay:
         ]
         # Not the parameters themselves: hooks on these are for the gradients that leave the backward pass.
         copies = record.low_precision()
-        copies |= {p: copies.get(p, p).detach().requires_grad_() for p in record.parameters}
-        self.copies = copies
+        copies |= {id(p): copies.get(id(p), p).detach().requires_grad_() for p in record.parameters}
+        self.variables = [[copies[id(p)] for p in own] for own in record.parameters_of]
+        self.values = [copies.get(id(x), x) for *_, x in record.slots]
         self.found: list[tuple[Tensor, Tensor]] = []  # parameters and gradients, of each call
 
     def gradients(
@@ -208,7 +215,7 @@ class Replay:
         grad = dy(y.detach())
         parameters = self.record.parameters_of[function]
         variables = [x for x, want in zip(inputs, wanted, strict=True) if want]
-        variables += [self.copies[p] for p in parameters]
+        variables += self.variables[function]
         if not (y.requires_grad and variables):
             return [None] * len(inputs)
         y = get_gradient_edge(y)  # its value has been read
@@ -227,8 +234,8 @@ class Replay:
         call = record.functions[function]
         if kept:
             call = partial(AttentionTape(kept).replay, call)
-        with _replaced(record.slots, self.copies):
-            changed = [m for m, training in record.training.items() if m.training != training]
+        with _replaced(record.slots, self.values):
+            changed = [m for m, training in record.training if m.training != training]
             try:
                 for m in changed:
                     m.training = not m.training
@@ -252,15 +259,26 @@ class Replay:
         low = [i for i, (p, g) in enumerate(self.found) if g.dtype != p.dtype]
         for i, g in zip(low, _cast([self.found[i][1] for i in low], torch.float32), strict=True):
             self.found[i] = self.found[i][0], g
-        sums: dict[Tensor, Tensor | None] = dict.fromkeys(self.record.parameters)
+        sums: dict[int, Tensor] = {}
         for p, g in self.found:
-            sums[p] = g if sums[p] is None else sums[p] + g
-        return list(sums.values())
+            sums[id(p)] = sums[id(p)] + g if id(p) in sums else g
+        return [sums.get(id(p)) for p in self.record.parameters]
+
+
+def _submodules(modules: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """What ``modules()`` of all of them gives, each once."""
+    found, waiting = set(), [*reversed(modules)]
+    while waiting:
+        m = waiting.pop()
+        if m is not None and m not in found:
+            found.add(m)
+            yield m
+            waiting += reversed(m._modules.values())
 
 
 @contextmanager
-def _replaced(slots: Sequence[tuple], others: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    """A context in which modules have the tensors of these slots, or others in their place.
+def _replaced(slots: Sequence[Slot], values: Sequence[Tensor]) -> Iterator[None]:
+    """A context in which modules have these values in their slots.
 
     One thread at a time: the modules are the caller's, who may use them in several. Parametrizations are
     computed in every call: a cached one has the graph of another call, or none.
@@ -268,8 +286,8 @@ def _replaced(slots: Sequence[tuple], others: Mapping[Tensor, Tensor]) -> Iterat
     with _swapping:
         cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
         present = [tensors.get(name) for tensors, name, _ in slots]
-        for tensors, name, x in slots:
-            tensors[name] = others.get(x, x)
+        for (tensors, name, _), x in zip(slots, values, strict=True):
+            tensors[name] = x
         try:
             yield
         finally:
