@@ -17,6 +17,7 @@ import torch
 from detectron2.modeling import FPN, SimpleFeaturePyramid
 from detectron2.modeling.backbone import mvit, swin, vit
 from detectron2.modeling.backbone.utils import get_rel_pos, window_partition, window_unpartition
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.modeling.roi_heads.keypoint_head import KRCNNConvDeconvUpsampleHead
@@ -58,9 +59,13 @@ class _LessMemory(Methods):
     @classmethod
     def obstacle(cls, module: nn.Module) -> str:
         """Why this module cannot be called twice; nothing if it can."""
-        if any(isinstance(m, _BatchNorm) for m in module.modules()):
+        if any(isinstance(m, _BatchNorm) for called in cls.called_twice(module) for m in called.modules()):
             return "its batch norm would update its statistics twice; FrozenBN, GN and LN do not"
         return ""
+
+    @staticmethod
+    def called_twice(module: nn.Module) -> list[nn.Module]:
+        return [module]
 
 
 def _as_stock() -> bool:
@@ -348,6 +353,10 @@ class RecomputedRPNHead(_LessMemory):
 class RecomputedFPN(_LessMemory):
     """For FPN: of the sums that its output convolutions read, the finest and largest is not kept."""
 
+    @staticmethod
+    def called_twice(module: nn.Module) -> list[nn.Module]:
+        return [*module.lateral_convs, *module.output_convs]
+
     def forward(self, x) -> dict[str, Tensor]:
         if not _trains():
             return super().forward(x)
@@ -395,16 +404,19 @@ _TABLE: Mapping[type, type[_LessMemory]] = {
     MaskRCNNConvUpsampleHead: RecomputedRoILayers,
     KRCNNConvDeconvUpsampleHead: RecomputedRoILayers,
 }
+# Modules that apply sequences of layers to one tensor, and how the sequences' names begin.
+_SEQUENCES = {SimpleFeaturePyramid: ("simfp_",), RetinaNetHead: ("cls_subnet", "bbox_subnet")}
 
 
 def low_memory(model: nn.Module, keep_attention: bool = True) -> nn.Module:
     """Make a Detectron2 detector or backbone train, and evaluate, with less memory.
 
-    Treated are Detectron2's ViT, MViT and SwinTransformer, FPN and SimpleFeaturePyramid, RPN's head, and the
-    box, mask and keypoint heads, Cascade's among them. The parts concerned get classes derived from their
-    own. Weights, their names, outputs and gradients stay what they were, up to rounding, so that weights may
-    be loaded before or after. Whatever has other code of its own, or batch norm that is trained, stays as it
-    is. Tracing and export find Detectron2's own operators. Calling it again changes nothing.
+    Treated are Detectron2's ViT, MViT and SwinTransformer, FPN and SimpleFeaturePyramid, the heads of RPN,
+    RetinaNet and FCOS, and the box, mask and keypoint heads, Cascade's among them. The parts concerned get
+    classes derived from their own. Weights, their names, outputs and gradients stay what they were, up to
+    rounding, so that weights may be loaded before or after. Whatever has other code of its own, or batch norm
+    that is trained, stays as it is. Tracing and export find Detectron2's own operators. Calling it again
+    changes nothing.
 
     Args:
         model: that is built; changed in place, and given an attribute ``low_memory``, a `LowMemory`.
@@ -420,19 +432,18 @@ def low_memory(model: nn.Module, keep_attention: bool = True) -> nn.Module:
     before = _changed(model)
     left = give_methods(model, _TABLE)
     for name, module in model.named_modules():
-        if isinstance(module, SimpleFeaturePyramid):
-            for key, stage in module.named_children():
-                if key.startswith("simfp_") and type(stage) is nn.Sequential:
-                    reason = Recomputed.obstacle(stage)
-                    if reason:
-                        left[f"{name}.{key}".lstrip(".")] = reason
-                    else:
-                        stage.__class__ = derived(nn.Sequential, Recomputed)
+        prefixes = tuple(key for cls, keys in _SEQUENCES.items() if isinstance(module, cls) for key in keys)
+        for key, sequence in module.named_children():
+            if key.startswith(prefixes) and type(sequence) is nn.Sequential and prefixes:
+                if reason := Recomputed.obstacle(sequence):
+                    left[f"{name}.{key}".lstrip(".")] = reason
+                else:
+                    sequence.__class__ = derived(nn.Sequential, Recomputed)
     changed = _changed(model)
     for name, reason in left.items():
         logger.warning("%s is computed as before: %s", name, reason)
     if not changed:
-        known = ", ".join(sorted({cls.__name__ for cls in (*_TABLE, SimpleFeaturePyramid)}))
+        known = ", ".join(sorted({cls.__name__ for cls in (*_TABLE, *_SEQUENCES)}))
         raise ValueError(f"low_memory finds nothing to change in {type(model).__name__}; it knows {known}")
     if changed == before:
         logger.info("low_memory: all that can be changed has been changed before")
