@@ -272,25 +272,41 @@ def test_a_file_for_one_size_alone_is_not_kept(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_detections_of_nearly_equal_scores_may_change_places():
-    boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 90, 90], [0, 0, 10, 10]])
-    expected = {"pred_boxes": boxes, "scores": torch.ones(3), "pred_classes": torch.tensor([0, 1, 2])}
-    swapped = {name: value[[2, 0, 1]] for name, value in expected.items()}
-    found = module._in_order(swapped, expected, (3, 64, 64))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    other = {**expected, "pred_classes": torch.tensor([0, 1, 0])}
-    with pytest.raises(ValueError, match="it detects other objects"):
-        module._in_order(other, expected, (3, 64, 64))
-    fewer = {name: value[:2] for name, value in expected.items()}
-    with pytest.raises(ValueError, match="it detects 2 objects, and not 3"):
-        module._in_order(fewer, expected, (3, 64, 64))
+def boxes_and_classes(order, boxes, classes):
+    """A detector's outputs, of an exported file and of the model; the file has its detections in an order."""
+    expected = {"pred_boxes": torch.tensor(boxes), "pred_classes": torch.tensor(classes)}
+    expected["scores"] = torch.ones(len(boxes))
+    found = {name: value[order] for name, value in expected.items()}
+    source = module._Source(lambda x: tuple(expected.values()), ("image", ""), expected, None, None)
+    return source, found
 
 
-def test_detections_of_one_class_and_box_are_as_many_in_both():
-    boxes = torch.tensor([[0.0, 0, 96, 64], [0, 0, 96, 64], [5, 5, 9, 9]])
-    expected = {"pred_boxes": boxes, "scores": torch.tensor([0.9, 0.8, 0.7]), "pred_classes": torch.zeros(3)}
-    found = module._in_order(expected, expected, (3, 64, 96))
-    assert torch.equal(found["scores"], expected["scores"])
+SAME_BOX = [[0.0, 0, 10, 10], [50, 50, 90, 90], [0, 0, 10, 10]]
+
+
+@pytest.mark.parametrize(
+    "order, classes", [([2, 0, 1], [0, 1, 2]), ([2, 0, 1], [0, 0, 0]), ([0, 1, 2], [1, 1, 1])]
+)
+def test_detections_of_nearly_equal_scores_may_change_places(order, classes):
+    source, found = boxes_and_classes(order, SAME_BOX, classes)
+    assert module._compare(source, lambda x: found, torch.zeros(3, 64, 64)).detections == 3
+
+
+@pytest.mark.parametrize(
+    "order, message",
+    [([0, 1, 1], "pred_boxes by 50"), ([0, 1], r"pred_boxes has shape \(2, 4\), and not \(3, 4\)")],
+)
+def test_other_detections_are_a_difference(order, message):
+    source, found = boxes_and_classes(order, SAME_BOX, [0, 1, 0])
+    with pytest.raises(ValueError, match=f"differs from the model on an input of shape .*: {message}"):
+        module._compare(source, lambda x: found, torch.zeros(3, 64, 64))
+
+
+def test_another_class_is_a_difference():
+    source, found = boxes_and_classes([0, 1, 2], SAME_BOX, [0, 1, 20_000])
+    found["pred_classes"] = torch.tensor([0, 1, 20_001])
+    with pytest.raises(ValueError, match="pred_classes by 1"):
+        module._compare(source, lambda x: found, torch.zeros(3, 64, 64))
 
 
 def test_not_a_number_is_not_equal(tmp_path, monkeypatch):
