@@ -6,15 +6,15 @@ What is traced is Detectron2's ``TracingAdapter``, which makes tensors of its li
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import io
 import json
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from detectron2.export import TracingAdapter
@@ -50,6 +50,7 @@ _MEANINGS = {
     "image_size": "(2,) int64: height and width of the image",
 }
 _Outputs = dict[str, Tensor]
+_Exported = tuple[io.BytesIO, Callable[[Tensor], _Outputs]]
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,14 @@ class _Source:
     multiple: int = 1
     minimum: int = 1
 
-    def __call__(self, x: Tensor) -> _Outputs:
-        return dict(zip(self.outputs, self.module(x), strict=True))
+    def named(self, values: Iterable[Tensor]) -> _Outputs:
+        return dict(zip(self.outputs, values, strict=True))
+
+    def description(self) -> str:
+        """What goes in and what comes out, as JSON."""
+        part = "backbone" if self.input[0] == "images" else "detector"
+        content = {"part": part, "inputs": dict([self.input]), "outputs": self.outputs}
+        return json.dumps({"rev_det": __version__, **content}, indent=1)
 
 
 def export(
@@ -104,7 +111,7 @@ def export(
 ) -> list[Comparison]:
     """Write a part of a detector to a file that needs neither rev_det nor Detectron2.
 
-    The file is loaded again and must compute what the model computes: on the input it was made with and,
+    Its content is loaded again and must compute what the model computes: on the input it was made with and,
     unless it takes that size alone (ONNX of a detector), on one of another size. Else nothing is written.
     Inputs and outputs are described in the file, in `DESCRIPTION`.
 
@@ -130,7 +137,6 @@ def export(
             else.
     """
     check_target(path, format, part)
-    path = Path(path)
     if size is None and image is None:
         raise ValueError("--size is missing: there is no image to take it from")
     size = tuple(image.shape[-2:]) if size is None else tuple(size)
@@ -146,21 +152,20 @@ def export(
         # TorchScript keeps which parameters require gradients, and users of the file would pay for them.
         model = copy.deepcopy(model).requires_grad_(False)
         give_methods(model, {ReversibleBackbone: _AnySize})
-        make = _detector if part == "detector" else _backbone
-        source = make(model, size, image, format)
-        with whole_file(str(path)) as unfinished:
-            try:
-                _WRITERS[format](source, Path(unfinished))
-                load = _READERS[format](source, unfinished)
-            # The exporters raise exceptions of many kinds.
-            except Exception as error:
-                causes = (error, error.__context__)
-                if any(isinstance(cause, OSError) for cause in causes) or is_out_of_memory(error):
-                    raise
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                raise ValueError(f"--format {format} --part {part} fails: {reason}; {_WORKS}") from error
-            inputs = [x for x in (source.example, source.other) if x is not None]
-            return [_compare(source, load, x) for x in inputs]
+        source = (_detector if part == "detector" else _backbone)(model, size, image, format)
+        try:
+            content, load = _EXPORTERS[format](source)
+        # The exporters raise exceptions of many kinds.
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ValueError(f"--format {format} --part {part} fails: {reason}; {_WORKS}") from error
+        inputs = [x for x in (source.example, source.other) if x is not None]
+        comparisons = [_compare(source, load, x) for x in inputs]
+    with whole_file(os.fspath(path)) as unfinished, open(unfinished, "wb") as file:
+        file.write(content.getbuffer())
+    return comparisons
 
 
 def check_target(path: str | os.PathLike, format: str, part: str) -> None:
@@ -277,89 +282,68 @@ def _pattern() -> Tensor:
     return 255 * sum(layers)[0] / len(layers)
 
 
-def _write_torchscript(source: _Source, path: Path) -> None:
-    # The trace is compared below, on other inputs too.
+def _torchscript(source: _Source) -> _Exported:
+    content = io.BytesIO()
+    # The trace is compared later, on other inputs too.
     traced = torch.jit.trace(source.module, source.example, check_trace=False)
-    # By its own hand torch would end the program where the disk is full.
-    with path.open("wb") as file:
-        torch.jit.save(traced, file, _extra_files={DESCRIPTION: _description(source)})
+    torch.jit.save(traced, content, _extra_files={DESCRIPTION: source.description()})
+    content.seek(0)
+    loaded = torch.jit.load(content)
+    return content, lambda x: source.named(loaded(x))
 
 
-def _read_torchscript(source: _Source, path: str) -> Callable[[Tensor], _Outputs]:
-    loaded = torch.jit.load(path)
-    return lambda x: dict(zip(source.outputs, loaded(x), strict=True))
-
-
-def _write_onnx(source: _Source, path: Path) -> None:
+def _onnx(source: _Source) -> _Exported:
     import onnx
+    import onnxruntime
 
+    content = io.BytesIO()
     names, axes = [source.input[0], *source.outputs], {0: "batch", 2: "height", 3: "width"}
     # With `dynamo` it goes through `torch.export`, which does not take a detector.
     torch.onnx.export(
         source.module,
         (source.example,),
-        str(path),
+        content,
         dynamo=False,
         opset_version=_OPSET,
         input_names=names[:1],
         output_names=names[1:],
         dynamic_axes=None if source.other is None else {name: axes for name in names},
     )
-    model = onnx.load(str(path))
+    content.seek(0)
+    model = onnx.load(content)
     for value, name in zip(model.graph.output, source.outputs, strict=True):
         if value.name != name:  # the exporter loses those of what is made in scripted functions
             model.graph.node.append(onnx.helper.make_node("Identity", [value.name], [name]))
             value.name = name
     model.doc_string = f"Exported by rev_det {__version__}"
-    onnx.helper.set_model_props(model, {DESCRIPTION: _description(source)})
+    onnx.helper.set_model_props(model, {DESCRIPTION: source.description()})
     onnx.checker.check_model(model)
-    onnx.save(model, str(path))
+    content = io.BytesIO(model.SerializeToString())
+    session = onnxruntime.InferenceSession(content.getvalue(), providers=["CPUExecutionProvider"])
+    run = functools.partial(session.run, names[1:])
+    return content, lambda x: source.named(map(torch.from_numpy, run({names[0]: x.numpy()})))
 
 
-def _read_onnx(source: _Source, path: str) -> Callable[[Tensor], _Outputs]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = list(source.outputs)
-    return lambda x: dict(
-        zip(names, map(torch.from_numpy, session.run(names, {source.input[0]: x.numpy()})), strict=True)
-    )
-
-
-def _write_torch_export(source: _Source, path: Path) -> None:
+def _torch_export(source: _Source) -> _Exported:
     height, width = (
         source.multiple * torch.export.Dim(name, min=source.minimum) for name in ("height", "width")
     )
     shapes = {"images": {0: torch.export.Dim("batch"), 2: height, 3: width}}
     program = torch.export.export(source.module.model, (source.example,), dynamic_shapes=shapes)
-    buffer = io.BytesIO()  # for the same reason
-    torch.export.save(program, buffer, extra_files={DESCRIPTION: _description(source)})
-    path.write_bytes(buffer.getbuffer())
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={DESCRIPTION: source.description()})
+    content.seek(0)
+    return content, torch.export.load(content).module()
 
 
-def _read_torch_export(source: _Source, path: str) -> Callable[[Tensor], _Outputs]:
-    return torch.export.load(path).module()
-
-
-_WRITERS = {"torchscript": _write_torchscript, "onnx": _write_onnx, "torch-export": _write_torch_export}
-_READERS = {"torchscript": _read_torchscript, "onnx": _read_onnx, "torch-export": _read_torch_export}
-
-
-def _description(source: _Source) -> str:
-    """What goes in and what comes out, as JSON."""
-    content = {
-        "rev_det": __version__,
-        "part": "backbone" if source.input[0] == "images" else "detector",
-        "inputs": dict([source.input]),
-        "outputs": source.outputs,
-    }
-    return json.dumps(content, indent=1)
+# Each returns what belongs into the file, and what computes its outputs, loaded from there.
+_EXPORTERS = {"torchscript": _torchscript, "onnx": _onnx, "torch-export": _torch_export}
 
 
 def _compare(source: _Source, load: Callable[[Tensor], _Outputs], x: Tensor) -> Comparison:
     shape = tuple(x.shape)
     differs = f"the exported file differs from the model on an input of shape {shape}:"
-    expected = source(x)
+    expected = source.named(source.module(x))
     try:
         found = load(x)
     # Raised by onnxruntime and by the guards of `torch.export`, of many kinds.

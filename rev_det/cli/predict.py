@@ -142,6 +142,8 @@ def _summary(writer: PredictionWriter, detector: Detector, classes: Sequence[str
     """What was found; if that is nothing, what a newcomer can try."""
     files, objects = writer.files(), sum(writer.counts.values())
     what = f"{objects} object{'s' * (objects != 1)} in {files} file{'s' * (files != 1)}"
+    if not files:
+        return what
     if objects:
         return f"{what} ({_listed([f'{name}: {count}' for name, count in writer.counts.most_common()])})"
     wanted = f" for {_listed(classes)}" if classes else ""

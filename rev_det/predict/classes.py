@@ -45,18 +45,19 @@ def coco_names(path: str, section: str, key: str = "name") -> dict[int, str]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} does not exist; it should be a file in COCO's format")
     try:
-        records = [(record["id"], record[key]) for record in read_json(path).get(section, [])]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not in COCO's format: {section} need an id and a {key}") from error
-    for number, name in records:
-        if not is_whole(number) or not isinstance(name, str) or not name:
-            raise ValueError(
-                f"{path} is not in COCO's format: in {section} an id is a whole number and a {key} a text, "
-                f"found {number!r} and {name!r}"
-            )
-    if len(dict(records)) < len(records):
-        raise ValueError(f"{path} is not in COCO's format: two of its {section} have one id")
-    return dict(sorted(records))
+        records = read_json(path).get(section, [])
+        names = {record["id"]: record[key] for record in records}
+        valid = len(names) == len(records) and all(
+            is_whole(number) and isinstance(name, str) and name for number, name in names.items()
+        )
+    except (AttributeError, KeyError, TypeError):
+        valid = False
+    if not valid:
+        raise ValueError(
+            f"{path} is not in COCO's format: each of its {section} needs a whole number of its own as id, "
+            f"and a text as {key}"
+        )
+    return dict(sorted(names.items()))
 
 
 def classes_of_json(path: str) -> Metadata:

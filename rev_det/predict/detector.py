@@ -141,10 +141,11 @@ class Origin:
         return model, loaded
 
 
+@dataclass
 class Detector:
     """Predicts on images of any size, as Detectron2's ``DefaultPredictor``, but on batches and in RGB.
 
-    Args:
+    Attributes:
         cfg: the config that the model was built from.
         model: returns instances; it is put into evaluation mode.
         classes: of the model, with ``thing_classes`` and ``thing_dataset_id_to_contiguous_id``.
@@ -156,23 +157,16 @@ class Detector:
         ValueError: the config's image format is neither RGB nor BGR.
     """
 
-    def __init__(
-        self,
-        cfg: CfgNode,
-        model: nn.Module,
-        classes: Metadata,
-        precision: Precision,
-        threshold: float = 0.5,
-        only: frozenset[int] | None = None,
-    ):
-        check_choice("INPUT.FORMAT", cfg.INPUT.FORMAT, ("RGB", "BGR"))
-        self.cfg = cfg
-        self.model = model.eval()
-        self.classes = classes
-        self.precision = precision
-        self.threshold = threshold
-        self.only = only
-        self._resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+    cfg: CfgNode
+    model: nn.Module
+    classes: Metadata
+    precision: Precision
+    threshold: float = 0.5
+    only: frozenset[int] | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("INPUT.FORMAT", self.cfg.INPUT.FORMAT, ("RGB", "BGR"))
+        self.model.eval()
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[Instances]:
         """Predict on a batch.
@@ -215,9 +209,11 @@ class Detector:
 
     def _prepare(self, image: np.ndarray) -> dict[str, Any]:
         height, width = image.shape[:2]
-        if self.cfg.INPUT.FORMAT == "BGR":
+        keys = self.cfg.INPUT
+        if keys.FORMAT == "BGR":
             image = image[:, :, ::-1]
-        resized = self._resize.get_transform(image).apply_image(image)
+        resize = T.ResizeShortestEdge([keys.MIN_SIZE_TEST] * 2, keys.MAX_SIZE_TEST)
+        resized = resize.get_transform(image).apply_image(image)
         pixels = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))  # (3, H, W)
         return {"image": pixels, "height": height, "width": width}
 

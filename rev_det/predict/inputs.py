@@ -37,13 +37,7 @@ class Source:
 
     def num_frames(self) -> int:
         """How many pictures there are to read; for a video what it says itself, 0 if it cannot be opened."""
-        if not self.is_video:
-            return 1
-        capture = _capture(self.path)
-        try:
-            return max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT))) if capture.isOpened() else 0
-        finally:
-            capture.release()
+        return max(0, int(_opened(self.path).get(cv2.CAP_PROP_FRAME_COUNT))) if self.is_video else 1
 
 
 @dataclass(frozen=True)
@@ -132,7 +126,7 @@ def _name(path: str, end: str = "") -> str:
     return stem + end
 
 
-def _capture(path: str) -> cv2.VideoCapture:
+def _opened(path: str) -> cv2.VideoCapture:
     # As bytes: a name that is not UTF-8 ends the program.
     return cv2.VideoCapture(os.fsencode(path))
 
@@ -140,25 +134,19 @@ def _capture(path: str) -> cv2.VideoCapture:
 def _read_video(source: Source) -> Iterator[Frame]:
     if not os.path.getsize(source.path):
         raise ValueError("the file is empty")
-    capture = _capture(source.path)
-    try:
-        if not capture.isOpened():
-            raise ValueError("OpenCV cannot open it as a video: it is damaged, or of an unknown format")
-        rate, announced = capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        index = 0
-        while True:
-            there, image = capture.read()
-            if not there:
-                break
-            # A camera's stream may not say its rate.
-            yield Frame(source, image[:, :, ::-1], index, rate if 0 < rate < 1000 else 25.0)
-            index += 1
-        if not index:
-            raise ValueError("no frame of the video can be decoded")
-        if index < _WHOLE_SHARE * announced:
-            raise ValueError(
-                f"{index} of the {announced} frames that the video announces could be read: it is cut off or "
-                "damaged"
-            )
-    finally:
-        capture.release()
+    video = _opened(source.path)
+    if not video.isOpened():
+        raise ValueError("OpenCV cannot open it as a video: it is damaged, or of an unknown format")
+    rate, announced = video.get(cv2.CAP_PROP_FPS), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    rate = rate if 0 < rate < 1000 else 25.0  # a camera's stream may not say it
+    index = 0
+    while (read := video.read())[0]:
+        yield Frame(source, read[1][:, :, ::-1], index, rate)
+        index += 1
+    if not index:
+        raise ValueError("no frame of the video can be decoded")
+    if index < _WHOLE_SHARE * announced:
+        raise ValueError(
+            f"{index} of the {announced} frames that the video announces could be read: it is cut off or "
+            "damaged"
+        )

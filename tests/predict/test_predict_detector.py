@@ -90,22 +90,19 @@ def test_classes_are_in_the_order_of_their_ids(dataset_json):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("[]", "is not in COCO's format: categories need an id and a name"),
         ("{}", "has no categories"),
-        ('{"categories": [{"id": 1}]}', "categories need an id and a name"),
-        ('{"categories": [{"id": true, "name": "a"}]}', "found True and 'a'"),
-        ('{"categories": [{"id": 1, "name": ["a"]}]}', r"found 1 and \['a'\]"),
-        (
-            '{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
-            "two of its categories have one id",
-        ),
+        ("[]", "is not in COCO's format: each of its categories needs"),
+        ('{"categories": [{"id": 1}]}', "each of its categories needs"),
+        ('{"categories": [{"id": true, "name": "a"}]}', "a whole number of its own as id"),
+        ('{"categories": [{"id": 1, "name": ["a"]}]}', "a text as name"),
+        ('{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "a whole number of its own"),
         ("no json", "is not valid JSON"),
         ('{"categories": ' + "[" * 100_000, "is not JSON that can be read"),
     ],
 )
 def test_a_file_whose_categories_cannot_be_used_is_named(tmp_path, content, message):
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(ValueError, match=f"a.json {message}|a.json is not in COCO's format: .*{message}"):
+    with pytest.raises(ValueError, match=f"a.json .*{message}"):
         classes_of_json(str(tmp_path / "a.json"))
     with pytest.raises(FileNotFoundError, match="b.json does not exist"):
         classes_of_json(str(tmp_path / "b.json"))
