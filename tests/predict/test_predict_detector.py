@@ -249,14 +249,6 @@ def test_arguments_that_do_not_go(nano_run, options, message):
         load_detector(Origin.find(run=str(nano_run)), **{"device": "cpu", **options})
 
 
-def test_weights_of_the_backbone_alone_are_refused(nano_run, tmp_path):
-    state = torch.load(nano_run / "model_final.pth", weights_only=True)["model"]
-    prefix = "backbone.bottom_up."
-    torch.save({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}, tmp_path / "b.pth")
-    with pytest.raises(ValueError, match="no detection heads"):
-        load_detector(Origin(str(nano_run / "config.yaml"), str(tmp_path / "b.pth")), device="cpu")
-
-
 @pytest.mark.parametrize("trained_with_masks", [False, True])
 def test_weights_with_and_without_masks_are_told_apart(make_run, nano_run, trained_with_masks):
     cfg = nano_config()
@@ -286,28 +278,28 @@ def test_retinanet_predicts_boxes_of_the_datas_classes(make_run, dataset_json):
     assert set(found.pred_classes.tolist()) <= {0, 1, 2}
 
 
-class Proposals(torch.nn.Module):
+class Fixed(torch.nn.Module):
+    """Returns the same for all images, whatever its config says."""
+
+    def __init__(self, **result):
+        super().__init__()
+        self.result = result
+
     def forward(self, inputs):
-        return [{"proposals": None} for _ in inputs]
+        return [self.result for _ in inputs]
+
+
+def fixed(**result):
+    cfg = nano_config()
+    return Detector(cfg, Fixed(**result), named_classes(CLASSES), Precision.from_config(cfg), threshold=0.5)
 
 
 def test_a_model_without_instances_is_named():
-    cfg = nano_config()
-    detector = Detector(cfg, Proposals(), named_classes(CLASSES), Precision.from_config(cfg))
-    with pytest.raises(ValueError, match="a Proposals returns proposals, and no instances"):
-        detector([image(0)])
-
-
-class Two(torch.nn.Module):
-    """Two instances of scores 0.8 and 0.2, whatever its config says."""
-
-    def forward(self, inputs):
-        instances = Instances((48, 64))
-        instances.scores, instances.pred_classes = torch.tensor([0.8, 0.2]), torch.tensor([0, 1])
-        return [{"instances": instances} for _ in inputs]
+    with pytest.raises(ValueError, match="a Fixed returns proposals, and no instances"):
+        fixed(proposals=None)([image(0)])
 
 
 def test_a_model_with_a_threshold_of_its_own_is_held_to_ours_too():
-    cfg = nano_config()
-    detector = Detector(cfg, Two(), named_classes(CLASSES), Precision.from_config(cfg), threshold=0.5)
+    scores, classes = torch.tensor([0.8, 0.2]), torch.tensor([0, 1])
+    detector = fixed(instances=Instances((48, 64), scores=scores, pred_classes=classes))
     assert detector([image(0)])[0].scores.tolist() == pytest.approx([0.8])

@@ -98,7 +98,7 @@ def test_images_of_a_given_file_keep_its_ids_and_others_get_new_ones(tmp_path, d
     assert ids == dict(zip(paths, (41, 40, 42, 43), strict=True))
     paths += [grey_image(tmp_path / "other" / "0.png")]
     with pytest.raises(ValueError, match="/0.png and .*/other/0.png are both the image 41 of --dataset-json"):
-        run(paths, tmp_path / "out", dataset_json=dataset_json)
+        run(paths, tmp_path / "out", dataset_json=dataset_json, pictures=False)
 
 
 @pytest.mark.parametrize(
@@ -160,18 +160,21 @@ def test_videos_of_any_size_are_drawn(tmp_path, height, width):
     assert num_frames(tmp_path / "out" / "clip.mp4") == 3
 
 
-def test_images_and_videos_mix_in_batches_and_keep_their_order(tmp_path):
+@pytest.mark.parametrize("pictures", [True, False])
+def test_images_and_videos_mix_in_batches_and_keep_their_order(tmp_path, pictures):
     paths = [
         grey_image(tmp_path / "a.png"),
         grey_video(tmp_path / "b.avi", 2),
         grey_video(tmp_path / "c.avi", 3),
     ]
-    detector, _ = run(paths, tmp_path / "out", batch_size=4)
+    detector, _ = run(paths, tmp_path / "out", batch_size=4, pictures=pictures)
     assert detector.batches == [4, 2]
     images = written(tmp_path / "out", "images.json")["images"]
     expected = [(0, None), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]
     assert [(i["file_name"], i.get("frame")) for i in images] == [(paths[i], n) for i, n in expected]
-    assert [num_frames(tmp_path / "out" / f"{name}.mp4") for name in "bc"] == [2, 3]
+    drawn = sorted(path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".json")
+    assert drawn == (["a.jpg", "b.mp4", "c.mp4"] if pictures else [])
+    assert [num_frames(tmp_path / "out" / name) for name in drawn[1:]] == [2, 3][: len(drawn)]
 
 
 def test_what_cannot_be_read_is_returned_and_the_rest_written(tmp_path):
@@ -212,13 +215,6 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path):
         run([grey_video(tmp_path / "clip.avi", 4)], tmp_path / "out", detector=bee)
     assert len(written(tmp_path / "out", "predictions.json")) == 2
     assert num_frames(tmp_path / "out" / "clip.mp4") == 2
-
-
-def test_without_pictures_there_is_json_alone(tmp_path):
-    paths = [grey_image(tmp_path / "a.png"), grey_video(tmp_path / "b.avi", 2)]
-    run(paths, tmp_path / "out", pictures=False)
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"predictions.json", "images.json"}
-    assert len(written(tmp_path / "out", "predictions.json")) == 3
 
 
 def test_nothing_found_is_an_empty_list_and_a_picture(tmp_path):
