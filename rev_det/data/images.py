@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -84,9 +85,12 @@ def check_head(path: str) -> None:
     """From the head of an image file, whether it can be worked on.
 
     Raises:
-        ValueError: it is too large, or its values do not fit eight bits; the message does not name the file.
+        ValueError: it is no regular file (a pipe would not let go), too large, or its values do not fit eight
+            bits; the message does not name it.
         OSError: it cannot be opened, or its head cannot be read.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is no regular file, but a folder, a pipe or a device")
     with open(path, "rb") as file, Image.open(file) as image:
         mode, (width, height) = image.mode, image.size
     check_extent(height, width)
