@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlparse
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from ..files import whole_file, write_text
-from .files import is_whole, join_digest, local_file, read_checkpoint, split_digest, unsafe_globals
-from .layouts import backbone_prefix, convert, holds_reversible_backbone
-from .loading import apply_plan, read_source
+from .files import local_file, read_checkpoint, split_digest, unsafe_globals
+from .layouts import backbone_prefix, convert, holds_reversible_backbone, unwrap
+from .loading import LoadMode, LoadPlan, check_finite, name_some, read_source
 from .origin import compare_origins, origin_of
-from .plan import LoadMode, plan_load
-from .report import name_some
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -30,11 +28,16 @@ def last_checkpoint(folder: str | os.PathLike) -> str:
     """The path of the checkpoint that was written last, whether it is there or not.
 
     Raises:
-        ValueError: the file ``last_checkpoint`` holds something else than the name of a file in the folder.
+        FileNotFoundError: there is no file ``last_checkpoint`` in the folder.
+        ValueError: it cannot be read, or holds something else than the name of a file in the folder.
     """
     note = os.path.join(folder, _LAST)
-    with open(note, encoding="utf-8", errors="replace") as f:
-        name = f.read(_LONGEST_NAME).strip()
+    name = ""
+    if not os.path.lexists(note):
+        raise FileNotFoundError(f"there is no {note}")
+    with contextlib.suppress(OSError):  # a folder, or a link to nowhere
+        with open(note, encoding="utf-8", errors="replace") as f:
+            name = f.read(_LONGEST_NAME).strip()
     if not (name.isprintable() and name.endswith(".pth") and name == os.path.basename(name)):
         raise ValueError(f"{note} does not hold the name of a checkpoint beside it; {_whole_beside(note)}")
     return os.path.join(folder, name)
@@ -45,9 +48,19 @@ def _whole_beside(path: str) -> str:
     folder = os.path.dirname(path)
     paths = {os.path.join(folder, name) for name in os.listdir(folder or ".") if name.endswith(".pth")}
     for other in sorted(paths - {path}, key=lambda p: (os.path.getmtime(p), p), reverse=True):
-        if is_whole(other):
+        if _is_whole(other):
             return f"{os.path.basename(other)} beside it is whole: write this name into {_LAST} to use it"
     return "no other checkpoint is whole in this folder"
+
+
+def _is_whole(path: str) -> bool:
+    """Whether a checkpoint can be read, and holds numbers."""
+    try:
+        state = unwrap(read_checkpoint(path), path)
+        check_finite({key: torch.as_tensor(value) for key, value in state.items()}, path)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 class RevCheckpointer(DetectionCheckpointer):
@@ -140,18 +153,18 @@ class RevCheckpointer(DetectionCheckpointer):
         """
         if resume and self.has_checkpoint():
             last = self.get_checkpoint_file()
-            if not os.path.isfile(last):
-                raise FileNotFoundError(
-                    f"the last checkpoint in {self.save_dir} is {last}, which does not exist; "
-                    f"{_whole_beside(last)}"
-                )
             try:
                 return self._load(last, None, LoadMode(evaluation=self.mode.evaluation, resume=True))
-            except ValueError as error:
-                if is_whole(last):
+            except (FileNotFoundError, ValueError) as error:
+                if _is_whole(last):
                     raise
-                raise ValueError(f"{error}; {_whole_beside(last)}") from error
+                kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+                raise kind(f"{error}; {_whole_beside(last)}") from error
         return self.load(path, checkpointables=[])
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is a last checkpoint, or something in its place."""
+        return os.path.lexists(os.path.join(self.save_dir, _LAST))
 
     def get_checkpoint_file(self) -> str:
         """See `last_checkpoint`."""
@@ -210,7 +223,7 @@ class RevCheckpointer(DetectionCheckpointer):
         if mode.resume:
             self._require_state(rest, name)
         compare_origins(rest.get("made_by"), self.origin, name, mode, self.strict_classes)
-        apply_plan(self.model, plan_load(self.model, source, name, mode))
+        LoadPlan(self.model, source, name, mode).carry_out()
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in rest:
                 try:
@@ -233,17 +246,17 @@ class RevCheckpointer(DetectionCheckpointer):
     def _load_other(self, path: str, checkpointables: list[str] | None, mode: LoadMode) -> dict[str, Any]:
         """Load a model without a reversible backbone, in Detectron2's way."""
         name, digest = split_digest(path)
-        url = urlparse(name)
-        if url.path.endswith(".pkl") and url.scheme != "detectron2":
+        name, mark, query = name.partition("?")
+        if name.endswith(".pkl") and not name.startswith("detectron2://"):
             raise ValueError(
                 f"{name} is a pickle, which could run code when it is read; .pkl files are read from "
                 "detectron2:// addresses only"
             )
-        with local_file(join_digest(url._replace(query="").geturl(), digest)) as (local, _):
+        with local_file(name, digest) as local:
             pass  # it is there, and what it should be
         self._other_mode = mode
         try:
-            return super().load(f"{local}?{url.query}" if url.query else local, checkpointables)
+            return super().load(f"{local}{mark}{query}", checkpointables)
         finally:
             self._parsed_url_during_load = None  # after an error, Detectron2's next load would fail for it
 

@@ -10,7 +10,7 @@ import torch
 from tiny_named import add_tiny_model, save_tiny
 
 from rev_det.checkpoint import load_pretrained
-from rev_det.checkpoint.geometry import NAMED_MODELS
+from rev_det.checkpoint.named import NAMED_MODELS
 from rev_det.cli import main
 
 
