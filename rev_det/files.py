@@ -8,11 +8,14 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 # A disk is full, or a quota or limit is reached; or it is broken, or no longer there or writable.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+# Of a file, for which the name of its part is no longer than file systems allow (255 bytes).
+_LONGEST_NAME = 249
 
 
 def check_output(path: str | os.PathLike | None, suffixes: Sequence[str] = (), name: str = "") -> None:
@@ -51,7 +54,10 @@ class UnwritableError(OSError):
 
 def part_path(path: str) -> str:
     """The name of a file that is not complete yet; its ending, which decides the format, is the same."""
-    return os.path.join(os.path.dirname(path), f".part-{os.path.basename(path)}")
+    name = os.path.basename(path)
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = f"{zlib.crc32(os.fsencode(name)):08x}{os.path.splitext(name)[1]}"
+    return os.path.join(os.path.dirname(path), f".part-{name}")
 
 
 @contextlib.contextmanager
@@ -140,7 +146,7 @@ def read_json(path: str | os.PathLike) -> Any:
         ValueError: it is not JSON, which the message says after the path.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # with or without a byte order mark
             return json.load(file)
     except json.JSONDecodeError as error:
         problem = f"{error.msg} in line {error.lineno}, column {error.colno}; is the file complete?"

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _LAST = "last_checkpoint"
 _LONGEST_NAME = 256
+_HEURISTICS = "?matching_heuristics=True"  # what Detectron2 understands after a file's name
+_WEIGHTS = ("model", "matching_heuristics", "__author__")  # as Detectron2's checkpointer has them
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str:
@@ -101,7 +103,6 @@ class RevCheckpointer(DetectionCheckpointer):
         self.mode = LoadMode(strict=strict_weights, evaluation=evaluation)
         self.origin = origin or {}
         self.strict_classes = strict_classes
-        self._other_mode = self.mode  # of the load that Detectron2 is doing
 
     @classmethod
     def of_run(
@@ -213,17 +214,23 @@ class RevCheckpointer(DetectionCheckpointer):
                     "there are no weights to evaluate: set MODEL.WEIGHTS to those of a trained detector"
                 )
             return super().load(path)
-        if backbone_prefix(self.model.state_dict()) is None:
-            return self._load_other(path, checkpointables, mode)
-        container, name = read_source(path)
-        source = convert(container, name)
+        reversible = backbone_prefix(self.model.state_dict()) is not None
+        container, name = read_source(path) if reversible else self._read_other(path)
+        source = convert(container, name) if reversible else None
         # Of other layouts' training state nothing is ours to load.
-        own = source.layout == "rev_det" and isinstance(container.get("model"), Mapping)
-        rest = {key: value for key, value in container.items() if key != "model"} if own else {}
-        if mode.resume:
-            self._require_state(rest, name)
+        own = isinstance(container.get("model"), Mapping) and (not reversible or source.layout == "rev_det")
+        rest = {key: value for key, value in container.items() if key not in _WEIGHTS} if own else {}
+        absent = [key for key in self.checkpointables if key not in rest]
+        if absent and mode.resume:
+            raise ValueError(
+                f"{name} cannot be resumed from: it holds no state of {', '.join(absent)}. "
+                "Start a new run in another OUTPUT_DIR with it as MODEL.WEIGHTS"
+            )
         compare_origins(rest.get("made_by"), self.origin, name, mode, self.strict_classes)
-        LoadPlan(self.model, source, name, mode).carry_out()
+        if reversible:
+            LoadPlan(self.model, source, name, mode).carry_out()
+        else:
+            self._load_other({key: container[key] for key in _WEIGHTS if key in container}, name, mode)
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in rest:
                 try:
@@ -236,63 +243,36 @@ class RevCheckpointer(DetectionCheckpointer):
                     ) from error
         return rest
 
-    def _require_state(self, checkpoint: Mapping[str, Any], name: str) -> None:
-        if absent := [key for key in self.checkpointables if key not in checkpoint]:
-            raise ValueError(
-                f"{name} cannot be resumed from: it holds no state of {', '.join(absent)}. "
-                "Start a new run in another OUTPUT_DIR with it as MODEL.WEIGHTS"
-            )
+    def _read_other(self, path: str) -> tuple[dict[str, Any], str]:
+        """What a file for a model without a reversible backbone holds, as Detectron2 has it, and its name."""
+        source = path.replace(_HEURISTICS, "")
+        name, digest = split_digest(source)
+        if name.endswith(".pkl"):
+            if not name.startswith("detectron2://"):
+                raise ValueError(
+                    f"{name} is a pickle, which could run code when it is read; .pkl files are read from "
+                    "detectron2:// addresses only"
+                )
+            with local_file(name, digest) as local:
+                return super()._load_file(local), name
+        container = read_checkpoint(source)
+        rest = container if "model" in container else {}
+        heuristics = source != path or name.endswith(".pyth")  # which Detectron2 takes for a pycls file
+        return {**rest, "model": unwrap(container, name), "matching_heuristics": heuristics}, name
 
-    def _load_other(self, path: str, checkpointables: list[str] | None, mode: LoadMode) -> dict[str, Any]:
-        """Load a model without a reversible backbone, in Detectron2's way."""
-        name, digest = split_digest(path)
-        name, mark, query = name.partition("?")
-        if name.endswith(".pkl") and not name.startswith("detectron2://"):
+    def _load_other(self, weights: dict[str, Any], name: str, mode: LoadMode) -> None:
+        if mode.strict and holds_reversible_backbone(weights["model"]):
             raise ValueError(
-                f"{name} is a pickle, which could run code when it is read; .pkl files are read from "
-                "detectron2:// addresses only"
+                f"the weights of {name} are a Rev-ViT's or Rev-MViT's, but the model's backbone is not "
+                "reversible: change MODEL.BACKBONE.NAME or MODEL.WEIGHTS. "
+                "MODEL.REV.STRICT_WEIGHTS False loads what fits"
             )
-        with local_file(name, digest) as local:
-            pass  # it is there, and what it should be
-        self._other_mode = mode
-        try:
-            return super().load(f"{local}{mark}{query}", checkpointables)
-        finally:
-            self._parsed_url_during_load = None  # after an error, Detectron2's next load would fail for it
-
-    def _load_file(self, filename: str) -> dict[str, Any]:
-        if not filename.endswith(".pyth"):
-            return super()._load_file(filename)
-        # What Detectron2 does with them, too; but it reads them by itself.
-        checkpoint = read_checkpoint(filename)
-        state = checkpoint.get("model_state")
-        if not isinstance(state, Mapping):
-            raise ValueError(
-                f"{filename} holds no 'model_state', which Detectron2 expects of files named .pyth; give it "
-                "a name in .pth if it holds a model's weights"
-            )
-        return {"model": dict(state), "matching_heuristics": True}
-
-    def _torch_load(self, f: str) -> dict[str, Any]:
-        return read_checkpoint(f)
-
-    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        """Called by Detectron2's ``load``, for models without a reversible backbone."""
-        mode = self._other_mode
-        if mode.resume:
-            self._require_state(checkpoint, "the checkpoint")
-        compare_origins(checkpoint.get("made_by"), self.origin, "the checkpoint", mode, self.strict_classes)
-        if mode.strict and holds_reversible_backbone(checkpoint["model"]):
-            raise ValueError(
-                "the weights are a Rev-ViT's or Rev-MViT's, but the model's backbone is not reversible: "
-                "change MODEL.BACKBONE.NAME or MODEL.WEIGHTS. MODEL.REV.STRICT_WEIGHTS False loads what fits"
-            )
-        incompatible = super()._load_model(checkpoint)
+        incompatible = self._load_model(weights)
+        self._log_incompatible_keys(incompatible)
         wrong = incompatible.missing_keys  # those of another shape among them
         if wrong and (mode.resume or (mode.evaluation and mode.strict)):
             raise ValueError(
-                f"the weights lack {len(wrong)} tensors of the model, or have them in another shape: "
-                f"{name_some(wrong)}. Evaluation and resuming need all of them; to evaluate all the same, "
-                "set MODEL.REV.STRICT_WEIGHTS False"
+                f"the weights of {name} lack {len(wrong)} tensors of the model, or have them in another "
+                f"shape: {name_some(wrong)}. Evaluation and resuming need all of them; to evaluate all the "
+                "same, set MODEL.REV.STRICT_WEIGHTS False"
             )
-        return incompatible

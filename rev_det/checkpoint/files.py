@@ -10,7 +10,7 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from http.client import HTTPException
-from typing import Any
+from typing import IO, Any
 
 import safetensors.torch
 import torch
@@ -146,28 +146,29 @@ def _sha256(path: str) -> str:
 
 
 def _read(path: str, name: str) -> Any:
+    # By the open file: torch judges a path by its name, and safetensors opens none but UTF-8's.
     with open(path, "rb") as f:
         head = f.read(_HEAD_BYTES)
-    is_zip, problem = head.startswith(_ZIP_MAGIC), None
-    try:
-        if is_zip:
-            problem = _find_zip_problem(path)
-        if problem is None and (is_zip or _LEGACY_TORCH_MAGIC in head[:32]):
-            with open(path, "rb") as f:  # torch judges a path by its name
+        is_zip, problem = head.startswith(_ZIP_MAGIC), None
+        try:
+            if is_zip:
+                problem = _find_zip_problem(f)
+            f.seek(0)
+            if problem is None and (is_zip or _LEGACY_TORCH_MAGIC in head[:32]):
                 return torch.load(f, map_location="cpu", weights_only=True)
-        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
-            return safetensors.torch.load_file(path)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{name} {_describe_pickle(path, error)}") from error
-    except Exception as error:  # a damaged file makes its readers raise errors of many kinds
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{name} is damaged or truncated: {reason}") from error
+            if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
+                return safetensors.torch.load(f.read())
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{name} {_describe_pickle(path, error)}") from error
+        except Exception as error:  # a damaged file makes its readers raise errors of many kinds
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{name} is damaged or truncated: {reason}") from error
     raise ValueError(f"{name} {problem or _describe_foreign(head)}")
 
 
-def _find_zip_problem(path: str) -> str | None:
+def _find_zip_problem(file: IO[bytes]) -> str | None:
     """Why an archive, which can be opened, is not one of ``torch.save`` with the right checksums."""
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         members = archive.namelist()
         damaged = archive.testzip()
     if damaged is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -64,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"there is no command {words[0]!r}; {hint}")
     args = parser.parse_args(words)
     hide_advice()
+    # Names of files need not be UTF-8; what cannot be printed of them is printed as its code.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = modules[args.command].run(args)
         sys.stdout.flush()
