@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -153,21 +153,6 @@ class _Images(Dataset):
             return None, " ".join(str(error).split()) or type(error).__name__
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Of an image.
-
-    Attributes:
-        path: of its file.
-        probabilities: (classes,), float32, on the CPU; None if the file cannot be read.
-        problem: then the reason, else "".
-    """
-
-    path: str
-    probabilities: Tensor | None
-    problem: str = ""
-
-
 def predict(
     classifier: Classifier,
     paths: Sequence[str],
@@ -176,7 +161,7 @@ def predict(
     device: str | torch.device = "cpu",
     batch_size: int = 64,
     workers: int = 0,
-) -> Iterator[Prediction]:
+) -> Iterator[tuple[str, Tensor | None, str]]:
     """Classify image files, in their order.
 
     Args:
@@ -186,6 +171,10 @@ def predict(
         device: where to compute.
         batch_size: images at a time.
         workers: processes that read images; 0 reads them in this one.
+
+    Yields:
+        path, probabilities of the classes (float32, on the CPU) and ""; of a file that cannot be read its
+        path, None and the reason.
 
     Raises:
         ValueError: logits are not finite, or a batch does not fit into the GPU's memory.
@@ -213,7 +202,7 @@ def predict(
                 )
             probabilities = iter(logits.softmax(dim=1))
         for path, (image, problem) in zip(batch, samples, strict=True):
-            yield Prediction(path, None if image is None else next(probabilities), problem)
+            yield path, None if image is None else next(probabilities), problem
 
 
 def read_labels(path: str | os.PathLike, classes: int) -> list[str]:

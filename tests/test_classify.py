@@ -123,11 +123,15 @@ def test_predictions_are_in_the_files_order_whatever_the_batches_and_colours(cla
     (tmp_path / "cut.png").write_bytes((tmp_path / "images/0.png").read_bytes()[:2000])
     bad = [str(tmp_path / name) for name in ("text.JPEG", "cut.png", "absent.jpg")]
     found = list(predict(classifier, [*bad, *paths], FLOAT32, batch_size=2, workers=workers))
-    assert [prediction.path for prediction in found] == [*bad, *paths]
-    for prediction, words in zip(found, ("cannot identify image", "truncated", "No such file"), strict=False):
-        assert words in prediction.problem and prediction.probabilities is None
+    assert [path for path, _, _ in found] == [*bad, *paths]
+    for (_, absent, problem), words in zip(
+        found, ("cannot identify", "truncated", "No such file"), strict=False
+    ):
+        assert words in problem and absent is None
     expected = tiny_logits(torch.stack([preprocessing()(p.convert("RGB")) for p in pictures])).softmax(1)
-    assert torch.allclose(torch.stack([p.probabilities for p in found[3:]]), expected, atol=1e-6)
+    assert torch.allclose(
+        torch.stack([probabilities for _, probabilities, _ in found[3:]]), expected, atol=1e-6
+    )
     assert (expected.max(0).values - expected.min(0).values).max() > 1e-3  # the images do differ
 
 

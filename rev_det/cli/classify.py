@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..classify import Prediction
     from ..engine.amp import Precision
 
 SUMMARY = "classify images, or measure top-1 and top-5 on ImageNet"
@@ -79,14 +78,16 @@ def run(args: argparse.Namespace) -> int:
     predictions = predict(classifier, paths, precision, **options)
     ranks, unreadable = [], []
     with tqdm(total=len(paths), unit="image", desc="classify", disable=args.imagenet is None) as bar:
-        for prediction, (_, label) in zip(predictions, samples, strict=True):
+        for (path, probabilities, problem), (_, label) in zip(predictions, samples, strict=True):
             bar.update()
-            if prediction.problem:
-                unreadable.append(f"  {prediction.path}: {prediction.problem}\n")
+            if problem:
+                unreadable.append(f"  {path}: {problem}\n")
             elif label is None:
-                _print_best(prediction, args.top, names)
+                print(path)
+                for value, index in zip(*probabilities.topk(args.top), strict=True):
+                    print(f"  {100 * value:6.2f} %  {int(index):3d}  {names[index]}".rstrip())
             else:
-                order = prediction.probabilities.argsort(descending=True, stable=True)
+                order = probabilities.argsort(descending=True, stable=True)
                 ranks.append(order.tolist().index(label))
     if ranks:
         print(compare_with_published(ranks, model, precision))
@@ -107,12 +108,6 @@ def _choose_precision(args: argparse.Namespace) -> Precision:
     cfg.MODEL.DEVICE = args.device = check_device("--device", args.device)
     cfg.SOLVER.AMP.ENABLED = args.amp
     return Precision.from_config(cfg)
-
-
-def _print_best(prediction: Prediction, top: int, names: Sequence[str]) -> None:
-    print(prediction.path)
-    for value, index in zip(*prediction.probabilities.topk(top), strict=True):
-        print(f"  {100 * value:6.2f} %  {int(index):3d}  {names[index]}".rstrip())
 
 
 def compare_with_published(ranks: Sequence[int], model: str, precision: Precision) -> str:
