@@ -292,7 +292,8 @@ class LoadPlan:
 
     def _set_class_heads_aside(self) -> None:
         """Heads for another number of classes keep the model's values if the model is yet to be trained."""
-        in_rows = [k for k, value in self.mismatched.items() if value.shape[1:] == self.targets[k].shape[1:]]
+        pairs = ((key, value.shape, self.targets[key].shape) for key, value in self.mismatched.items())
+        in_rows = [key for key, theirs, ours in pairs if theirs and theirs[1:] == ours[1:]]
         matches = {key: match for key in in_rows if (match := _CLASS_ROWS.fullmatch(key))}
         counting = next((key for key, match in matches.items() if match.group(1)), None)
         if counting is None:

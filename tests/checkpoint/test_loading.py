@@ -358,6 +358,8 @@ def test_heads_that_differ_in_more_than_classes_are_an_error():
     source["roi_heads.box_predictor.bbox_pred.weight"] = torch.zeros(4, 16)  # one box for all classes
     source["roi_heads.box_predictor.bbox_pred.bias"] = torch.zeros(4)
     refuse(make_detector(), source, r"bbox_pred.weight \(4, 16\) in the file, \(12, 16\) in the model")
+    source = make_detector().state_dict() | {"roi_heads.box_predictor.cls_score.bias": torch.tensor(1.0)}
+    refuse(make_detector(), source, r"cls_score.bias \(\) in the file, \(4,\) in the model")
 
 
 def test_evaluation_refuses_weights_without_heads_unless_asked(official_mvit):
