@@ -12,6 +12,7 @@ import difflib
 import importlib
 import importlib.metadata
 import inspect
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -400,6 +401,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(list(sys.argv[1:] if argv is None else argv))
     # Read when torch is imported: threads that wait for work shall sleep, as train_net.py explains.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Names of files need not be UTF-8; what cannot be printed of them is printed as its code.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         from rev_det.advice import hide_advice
 

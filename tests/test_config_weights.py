@@ -9,9 +9,8 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 
 import rev_det
-from rev_det.checkpoint.geometry import read_geometry
 from rev_det.checkpoint.layouts import backbone_prefix
-from rev_det.checkpoint.named import PUBLISHED
+from rev_det.checkpoint.named import PUBLISHED, read_geometry
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NAMES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("*/*.yaml"))

@@ -10,7 +10,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone, build_model
 
 import rev_det
-from rev_det.checkpoint.geometry import read_geometry
+from rev_det.checkpoint.named import read_geometry
 from rev_det.modeling.fusion import FUSIONS, TERMINATIONS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,8 +14,7 @@ from detectron2.data import MetadataCatalog
 
 from .. import __version__
 from ..config_files import flat
-from .plan import LoadMode
-from .report import name_some
+from .loading import LoadMode, name_some
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
