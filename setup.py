@@ -99,7 +99,7 @@ setup(
     # the package.
     packages=[*find_packages(include=["rev_det", "rev_det.*"]), "rev_det.configs"],
     package_dir={"rev_det.configs": "configs"},
-    package_data={"rev_det.configs": ["**/*.yaml"], "rev_det.report": ["page.html", "page.css"]},
+    package_data={"rev_det.configs": ["**/*.yaml"], "rev_det": ["report.html"]},
     install_requires=requirements(),
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["rev-det = rev_det.cli:main"]},
