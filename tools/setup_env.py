@@ -28,10 +28,8 @@ OPENCV = (
 # What opencv-python needs of the system.
 LIBRARIES = ("libGL.so.1", "libgthread-2.0.so.0")
 EXTRAS = ("dev", "baselines", "eval", "export", "docs")
-# A wheel tagged for one Python and platform, but of plain Python: with --target pip takes it for any other.
-ANY_PYTHON = (
-    "--python-version 3.10 --implementation cp --abi none --platform any --only-binary :all: --no-deps"
-)
+# The wheel is tagged for one Python and platform, but is plain Python. With --target pip takes it for any.
+TAGS = ("--python-version", "3.10", "--implementation", "cp", "--abi", "none", "--platform", "any")
 CHECK = "import torchvision, cv2, detectron2.model_zoo, rev_det"
 PIP_FAILED = """\
 error: pip failed for the reason above; mend it, and run make setup again.
@@ -78,7 +76,8 @@ def main() -> None:
         print(f"keeping the Detectron2 in {Path(detectron2.origin).parent}", flush=True)
     else:
         hashed = ["--require-hashes", "--requirement", str(ROOT / "tools" / "detectron2.txt")]
-        pip_install(*TAGS.split(), "--target", sysconfig.get_path("purelib"), *hashed)
+        wheel = ["--no-deps", "--only-binary", ":all:", *TAGS, "--target", sysconfig.get_path("purelib")]
+        pip_install(*wheel, *hashed)
     # Not from the checkout, where rev_det can be imported without being installed.
     if subprocess.run([sys.executable, "-W", "ignore", "-c", CHECK], cwd=sys.prefix).returncode:
         subprocess.run([Path(sys.executable).with_name("rev-det"), "doctor"], cwd=sys.prefix)
