@@ -33,6 +33,7 @@ REQUIRES = [
     "tqdm>=4.64",
     "PyYAML>=5.1",
     "Jinja2>=3.1",
+    "tabulate>=0.9",
 ]
 EXTRAS = {
     "dev": ["pytest>=7.4", "ruff>=0.15,<0.18", "setuptools>=64", "wheel>=0.40"],
@@ -41,7 +42,6 @@ EXTRAS = {
     "detectron2": [
         "yacs>=0.1.8",
         "termcolor>=1.1",
-        "tabulate>=0.8.9",
         "cloudpickle>=2.0",
         "tensorboard>=2.10",
         "omegaconf>=2.1.1,<2.4",

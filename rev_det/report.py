@@ -11,10 +11,12 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
+from tabulate import tabulate
 
 from . import __version__
 from .config_files import default_config, flat, load_yaml
@@ -22,28 +24,8 @@ from .engine.metrics import read_metrics
 from .engine.pictures import draw_curves
 from .files import check_output, read_json, write_text
 
-_SUFFIXES = (".html", ".htm")
 _CONFIG = "config.yaml"
-_TASKS = {"bbox": "box", "segm": "mask", "keypoints": "keypoints"}
-
 _Content = TypeVar("_Content")
-_Row = tuple[str, Sequence[str]]
-
-
-class _Table(NamedTuple):
-    """Rows of cells, each with its name in front."""
-
-    caption: str
-    head: Sequence[str]
-    rows: Sequence[_Row]
-
-
-class _Picture(NamedTuple):
-    """An embedded picture: its address, which is its content, and its size in pixels."""
-
-    address: str
-    width: int
-    height: int
 
 
 def write_report(folder: str | os.PathLike, path: str | os.PathLike | None = None) -> Path:
@@ -71,7 +53,7 @@ def write_report(folder: str | os.PathLike, path: str | os.PathLike | None = Non
             f"{folder} is not the folder of a training run: it has no {_CONFIG}, which a run writes first"
         )
     path = folder / "report.html" if path is None else Path(path)
-    check_output(path, _SUFFIXES, "--output")
+    check_output(path, (".html", ".htm"), "--output")
     # Names of files and text in JSON may hold what is not Unicode.
     write_text(str(path), _render(folder).encode("utf-8", "backslashreplace").decode("utf-8"))
     return path
@@ -82,10 +64,10 @@ def _render(folder: Path) -> str:
     files = _Files(folder)
     config = files.read(_CONFIG, _read_config) or {}
     records, lost = files.read("metrics.json", _read_records) or ([], 0)
-    iterations, summary = files.read("summary.json", _read_summary) or (None, [])
+    iterations, summary = files.read("summary.json", _read_summary) or (None, "")
     results = [path.relative_to(folder) for path in folder.glob("inference/*/results.json")]
     results += [path.relative_to(folder) for path in folder.glob("TTA/inference/*/results.json")]
-    evaluations = [files.read(name, _read_evaluation) or [] for name in sorted(results)]
+    evaluations = [files.read(name, _read_evaluation) or "" for name in sorted(results)]
     log = files.read("log.txt", _read_log)
     predictions = files.read("predictions.png", _embed)
 
@@ -96,7 +78,7 @@ def _render(folder: Path) -> str:
         done = min(done, planned)
     # A folder can hold the summary of an earlier run, which another one has begun to replace.
     if iterations != planned or (records and done != planned):
-        summary = []
+        summary = ""
     notices = []
     if (folder / "non_finite.json").exists():
         notices.append(
@@ -115,24 +97,30 @@ def _render(folder: Path) -> str:
             notices.append(f"There is no {name} yet.")
     if lost:
         notices.append(f"Lines of metrics.json that are damaged or incomplete, and left out: {lost}.")
+    curves = last = ""
+    if records:
+        curves = files.read("metrics.json", lambda _: _draw(records))
+        last = files.read("metrics.json", lambda _: _last_values(records))
+    config_text = files.read(_CONFIG, _read_text)
     template = (resources.files(__package__) / "report.html").read_text(encoding="utf-8")
-    layout = {"trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(autoescape=True, undefined=StrictUndefined, **layout)
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
     return environment.from_string(template).render(
         version=__version__,
         name=folder.resolve().name,
         folder=folder,
-        complete=bool(summary),
-        tables=[table for tables in evaluations for table in tables],
-        curves=files.read("metrics.json", lambda _: _draw(records)) if records else None,
-        predictions=predictions,
-        summary=summary,
-        last=_last_values(records),
-        changed=_changed_keys(config),
-        config_text=files.read(_CONFIG, _read_text),
-        log=log,
-        # Comes last: by now all files have been read.
+        state="complete" if summary else "not complete",
         notices=[*notices, *files.damaged],
+        # Title, content, and whether it is unfolded.
+        sections=[
+            ("Average precision, from 0 to 100", Markup().join(evaluations), True),
+            ("Curves", curves, True),
+            ("Predictions beside the ground truth", predictions, True),
+            ("Summary", summary, True),
+            ("Last values of all metrics", last, False),
+            ("Config keys that are not at their defaults", _changed_keys(config), True),
+            ("Whole config", Markup("<pre>{}</pre>").format(config_text), False),
+            ("Command line and environment", log, False),
+        ],
     )
 
 
@@ -188,49 +176,49 @@ def _is_record(line: str) -> bool:
     return isinstance(record, dict) and "iteration" in record
 
 
-def _read_summary(path: Path) -> tuple[Any, list[_Row]]:
-    """How many iterations the run had, and all but the metrics, which other tables have, in words."""
+def _read_summary(path: Path) -> tuple[Any, Markup]:
+    """How many iterations the run had, and a table of all but the metrics, which other tables have."""
     content = dict(flat(read_json(path)))
-    shown = {key: value for key, value in content.items() if not key.startswith(("metrics.", "last_losses."))}
-    rows = [(key.replace("_", " ").replace(".", ": "), [_shown(value)]) for key, value in shown.items()]
-    return content["iterations"], rows
+    rows = [
+        {"name": key.replace("_", " "), "value": value}
+        for key, value in content.items()
+        if not key.startswith(("metrics.", "last_losses."))
+    ]
+    return content["iterations"], _table(rows)
 
 
-def _read_evaluation(path: Path) -> list[_Table]:
-    """The metrics of each task, and the AP of each class, of a ``results.json``."""
+def _read_evaluation(path: Path) -> Markup:
+    """Tables with the metrics of each task and the AP of each class, of a ``results.json``."""
     content = read_json(path)
     name = str(content.get("dataset", path.parent.name))
     name += ", test-time augmentation" if "TTA" in path.parts[-4:-3] else ""
-    tables = {"metrics": (f"Metrics on {name}", "task"), "per_class": (f"AP on {name}", "class")}
-    return [_table(*titles, content[key]) for key, titles in tables.items() if content.get(key)]
+    tables = [
+        _table([{title: row, **values} for row, values in (content.get(key) or {}).items()])
+        for key, title in (("metrics", "task"), ("per_class", "class"))
+    ]
+    return Markup("<h3>{}</h3>{}{}").format(name, *tables)
 
 
-def _table(caption: str, first: str, rows: Mapping[str, Mapping[str, Any]]) -> _Table:
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    return _Table(
-        caption,
-        [first, *(_TASKS.get(name, name) for name in names)],
-        [(_TASKS.get(key, key), [_shown(row.get(name)) for name in names]) for key, row in rows.items()],
-    )
-
-
-def _read_log(path: Path) -> str:
+def _read_log(path: Path) -> Markup:
     """Of the last start in a log: the arguments, and the environment as Detectron2 describes it."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", _read_text(path))  # without colours
     arguments = re.findall(r"Command line arguments: (.*)", text)
     environments = re.findall(r"Environment info:\n(.+?)\n(?=\n|\[|\Z)", text, re.DOTALL)
-    return "\n".join([*arguments[-1:], *environments[-1:]])
+    return Markup("<pre>{}</pre>").format("\n\n".join([*arguments[-1:], *environments[-1:]]))
 
 
-def _embed(path: Path) -> _Picture:
+def _embed(path: Path) -> Markup:
     content = path.read_bytes()
     with Image.open(io.BytesIO(content)) as image:
         image.verify()
         kind, (width, height) = image.get_format_mimetype(), image.size
-    return _Picture(f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}", width, height)
+    address = f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+    return Markup('<img src="{}" width="{}" height="{}" alt="{}">').format(
+        address, width, height, f"The picture {path.name} of this run"
+    )
 
 
-def _draw(records: Sequence[Mapping[str, float]]) -> _Picture:
+def _draw(records: Sequence[Mapping[str, float]]) -> Markup:
     """The curves as in ``curves.png``, which a run writes only at its end."""
     with tempfile.TemporaryDirectory() as scratch:
         metrics, picture = Path(scratch, "metrics.json"), Path(scratch, "curves.png")
@@ -239,24 +227,25 @@ def _draw(records: Sequence[Mapping[str, float]]) -> _Picture:
         return _embed(picture)
 
 
-def _last_values(records: Sequence[Mapping[str, float]]) -> list[_Row]:
-    """Of each metric the last value and its iteration."""
+def _last_values(records: Sequence[Mapping[str, float]]) -> Markup:
     last = {name: (value, record["iteration"]) for record in records for name, value in record.items()}
-    last.pop("iteration", None)
-    return [(name, [_shown(value), str(iteration)]) for name, (value, iteration) in sorted(last.items())]
+    rows = [{"metric": name, "value": value, "iteration": i} for name, (value, i) in sorted(last.items())]
+    return _table([row for row in rows if row["metric"] != "iteration"])
 
 
-def _changed_keys(config: Mapping[str, Any]) -> list[_Row]:
-    """Value and default of each key where these two differ."""
+def _changed_keys(config: Mapping[str, Any]) -> Markup:
     known = dict(flat(default_config()))
-    return [
-        (key, [repr(value), repr(known[key]) if key in known else "none"])
-        for key, value in config.items()
-        if key not in known or value != known[key]
-    ]
+    return _table(
+        [
+            {"key": key, "value": repr(value), "default": repr(known[key]) if key in known else "none"}
+            for key, value in config.items()
+            if key not in known or value != known[key]
+        ]
+    )
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_shown, value))
-    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+def _table(rows: Sequence[Mapping[str, Any]]) -> Markup:
+    """Rows by the titles of their columns; text is escaped, and what cannot be computed is a dash."""
+    # Of the first column nothing is taken for a number.
+    style = {"floatfmt": ".4g", "missingval": "–", "disable_numparse": [0]}
+    return Markup(tabulate(rows, headers="keys", tablefmt="html", **style)) if rows else Markup()

@@ -6,6 +6,7 @@ The exit code is 1 if there are problems.
 from __future__ import annotations
 
 import argparse
+import logging
 
 SUMMARY = "examine the installation"
 
@@ -15,8 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..doctor import PROBLEM, examine
+    from ..doctor import PROBLEM, describe_environment, examine
 
+    logging.disable(logging.WARNING)  # torch misses compilers, which nobody needs here
+    print(f"{describe_environment().strip()}\n")
     findings = examine()
     width = max(len(finding.what) for finding in findings)
     for finding in findings:
