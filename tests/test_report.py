@@ -101,7 +101,7 @@ def page_of(folder):
 
 def test_a_complete_run_is_shown_with_all_its_tables(complete):
     words = page_of(complete).words
-    assert ": complete." in words
+    assert ": complete." in words and "MAX_ITER: 100" in words
     for shown in (
         f"{NASTY} task AP AP50 bbox 36 55.5 segm 30 – class instances bbox cat 12 61.25",
         "iterations 100 precision bfloat16 on cuda peak memory mib by process [1024.0, 2048.5]",
@@ -113,14 +113,8 @@ def test_a_complete_run_is_shown_with_all_its_tables(complete):
         "SOLVER.BASE_LR 0.0123 0.001",
     ):
         assert shown in words, shown
-    assert "Python 2.7" not in words
-
-
-def test_only_keys_that_are_not_at_their_defaults_are_in_front(complete):
-    changed, _, whole = page_of(complete).words.partition("Whole config")
-    assert "SOLVER.MAX_ITER 100 40000" in changed and "MAX_ITER: 100" in whole
     # A tuple in the defaults is a list in the file, and no difference.
-    assert not any(key in changed for key in ("SOLVER.STEPS", "SOLVER.BETAS", "SOLVER.GAMMA"))
+    assert not any(key in words for key in ("Python 2.7", "SOLVER.STEPS", "SOLVER.BETAS", "SOLVER.GAMMA"))
 
 
 def test_the_page_needs_nothing_else_and_text_of_the_run_is_no_markup(complete):
@@ -208,12 +202,9 @@ def test_what_is_no_file_is_named_and_not_waited_for(complete, name, make):
     assert f"{name} cannot be used: it is not a file" in page_of(complete).words
 
 
-def test_a_picture_that_is_cut_off_or_gigantic_is_left_out(complete, monkeypatch):
+def test_a_picture_that_is_cut_off_is_left_out(complete):
     content = (complete / "predictions.png").read_bytes()
     (complete / "predictions.png").write_bytes(content[:-20])
-    assert "predictions.png cannot be used" in page_of(complete).words
-    (complete / "predictions.png").write_bytes(content)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
     assert "predictions.png cannot be used" in page_of(complete).words
 
 
