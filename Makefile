@@ -8,8 +8,12 @@ ARGS ?=
 DEMO = train_net.py --config-file configs/Quickstart/mask_rcnn_rev_mvit_nano_fpn.yaml
 
 VENV_PYTHON = $(VENV)/bin/python
-# Newer than what it depends on where VENV is complete; make -B setup looks again.
+# Says that VENV is complete, so that demo, test and docs need not look; setup always does.
 READY = $(VENV)/.rev_det-ready
+define install
+	$(VENV_PYTHON) tools/setup_env.py
+	@touch $(READY)
+endef
 # Of `make gpu`, which installs nothing: the PYTHON that is given, otherwise that of VENV if it is there.
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(VENV_PYTHON)),$(PYTHON)),$(PYTHON))
 CHECK = import sys; v = sys.version_info; sys.exit('error: rev_det needs Python 3.10 or newer, $(PYTHON) is \
@@ -22,11 +26,11 @@ CHECK = import sys; v = sys.version_info; sys.exit('error: rev_det needs Python 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-setup: $(READY) ## make the environment VENV, or add what an existing one lacks
+setup: | $(VENV_PYTHON) ## make the environment VENV, or add what an existing one lacks
+	$(install)
 
 $(READY): setup.py tools/setup_env.py tools/detectron2.txt | $(VENV_PYTHON)
-	$(VENV_PYTHON) tools/setup_env.py
-	@touch $@
+	$(install)
 
 $(VENV_PYTHON):
 	@command -v $(PYTHON) >/dev/null || { echo "error: there is no $(PYTHON); name your Python 3.10 or newer:" \
@@ -36,13 +40,13 @@ $(VENV_PYTHON):
 	  "bin/python: remove it, or name an environment with VENV=" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
 
-demo: setup ## train the nano Rev-MViT Mask R-CNN on generated shapes: minutes on a laptop CPU
+demo: $(READY) ## train the nano Rev-MViT Mask R-CNN on generated shapes: minutes on a laptop CPU
 	$(VENV_PYTHON) $(DEMO) $(ARGS)
 
-test: setup ## run the tests that take seconds
+test: $(READY) ## run the tests that take seconds
 	$(VENV_PYTHON) -m pytest -m "not slow" $(ARGS)
 
-test-slow: setup ## run the tests that take minutes
+test-slow: $(READY) ## run the tests that take minutes
 	$(VENV_PYTHON) -m pytest -m slow $(ARGS)
 
 gpu: ## measure on a GPU what docs/gpu.md lists: PARTS="doctor tests" GPU_DATA=folder FORCE=1 MINUTES=5
@@ -60,7 +64,7 @@ format: lint-setup ## bring the code into that form
 lint-setup: | $(VENV_PYTHON)
 	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check "$(shell grep -o 'ruff[^"]*' setup.py)"
 
-docs: setup ## build the documentation into build/docs
+docs: $(READY) ## build the documentation into build/docs
 	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --clean
 
 clean: ## remove caches and build products; the environment and output/ stay
