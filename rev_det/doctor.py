@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,8 +31,6 @@ _COLLECTORS = (
     ("detectron2.utils.collect_env", "collect_env_info"),
     ("torch.utils.collect_env", "get_pretty_env_info"),
 )
-# A broken package may raise anything when it is imported.
-_ANYTHING = (Exception, SystemExit)
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,8 @@ def examine() -> list[Finding]:
     """
     findings: list[Finding] = []
     for check in CHECKS:
-        try:
-            for finding in check():
-                findings.append(finding)
-        except _ANYTHING as error:
+        error = _error_of(findings.extend, check())
+        if error:
             what = check.__name__.strip("_").replace("_", " ")
             fix = "this check itself failed; the other problems, mended first, may be the reason"
             findings.append(Finding(what, PROBLEM, _reason(error), fix))
@@ -71,12 +68,11 @@ def examine() -> list[Finding]:
 
 def describe_environment() -> str:
     """Versions, compilers and GPUs as Detectron2 collects them, or PyTorch where that does not work."""
+    described: list[str] = []
     for module, function in _COLLECTORS:
-        try:
-            return getattr(importlib.import_module(module), function)()
-        except _ANYTHING:
-            continue
-    return ""
+        if not described:
+            _error_of(lambda: described.append(getattr(importlib.import_module(module), function)()))  # noqa: B023
+    return "".join(described)
 
 
 def _pytorch() -> Iterator[Finding]:
@@ -110,20 +106,22 @@ def _pytorch() -> Iterator[Finding]:
 
 def _torchvision() -> Iterator[Finding]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        from torchvision import __version__ as version
-        from torchvision.ops import nms, roi_align
-
-        boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0], [0.0, 0.0, 8.0, 7.5]], device=device)
-        kept = nms(boxes, torch.tensor([0.5, 0.9], device=device), 0.5)
-        pooled = roi_align(torch.ones(1, 1, 8, 8, device=device), [boxes], 2)
-        if kept.tolist() != [1] or not torch.allclose(pooled, torch.ones_like(pooled)):
-            raise RuntimeError("NMS or RoIAlign computes wrong results")
-    except _ANYTHING as error:
+    error = _error_of(_try_operators, device)
+    if error:
         fix = "pip uninstall torch torchvision, then install both at once: pip install torch torchvision"
         yield Finding("torchvision", PROBLEM, f"it does not work on {device}: {_reason(error)}", fix)
     else:
-        yield Finding("torchvision", OK, f"{version}, NMS and RoIAlign work on {device}")
+        yield Finding("torchvision", OK, f"NMS and RoIAlign work on {device}")
+
+
+def _try_operators(device: str) -> None:
+    from torchvision.ops import nms, roi_align
+
+    boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0], [0.0, 0.0, 8.0, 7.5]], device=device)
+    kept = nms(boxes, torch.tensor([0.5, 0.9], device=device), 0.5)
+    pooled = roi_align(torch.ones(1, 1, 8, 8, device=device), [boxes], 2)
+    if kept.tolist() != [1] or not torch.allclose(pooled, torch.ones_like(pooled)):
+        raise RuntimeError("NMS or RoIAlign computes wrong results")
 
 
 def _packages() -> Iterator[Finding]:
@@ -229,14 +227,24 @@ def _mixed_dtype(device: str) -> torch.dtype:
 def _imports(what: str, modules: Iterable[str], fix: str) -> Iterator[Finding]:
     """Whether some modules can be imported, or which is the first that cannot."""
     for name in modules:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                module = importlib.import_module(name)
-        except _ANYTHING as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            error = _error_of(importlib.import_module, name)
+        if error:
             yield Finding(what, PROBLEM, f"import {name} fails: {_reason(error)}", fix)
             return
-    yield Finding(what, OK, f"works, {getattr(module, '__file__', '')}")
+    yield Finding(what, OK, f"works, {getattr(sys.modules[name], '__file__', '')}")
+
+
+def _error_of(work: Callable[..., Any], *args: Any) -> BaseException | None:
+    """What some work raises; a broken package may raise anything when it is imported."""
+    try:
+        work(*args)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return error
+    return None
 
 
 def _reason(error: BaseException) -> str:

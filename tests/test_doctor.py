@@ -26,13 +26,6 @@ def found(what):
 
 
 @pytest.fixture
-def without_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    monkeypatch.setattr(doctor.os.path, "exists", lambda path: False)
-
-
-@pytest.fixture
 def broken(monkeypatch):
     """Make the import of a module fail."""
 
@@ -77,6 +70,7 @@ def test_every_problem_comes_with_a_fix_and_exit_code_1(monkeypatch, capsys):
         ("pycocotools.mask", ValueError("numpy.dtype size changed"), "pycocotools", "force-reinstall"),
         ("detectron2.model_zoo", ImportError("pkg_resources"), "Detectron2", r"rev_det\[detectron2\]"),
         ("detectron2.data", SystemExit(3), "Detectron2", "reinstall"),
+        ("detectron2.engine", GeneratorExit("as Rust's panic, no Exception"), "Detectron2", "reinstall"),
         ("rev_det.engine", ImportError("safetensors is broken"), "rev_det", "reinstall"),
     ],
 )  # fmt: skip
@@ -105,21 +99,19 @@ def test_packages_that_are_missing_or_old_are_problems(monkeypatch):
     assert (found("packages").status, found("packages").detail) == (PROBLEM, lines[0])
 
 
-def test_no_gpu_is_no_problem(without_gpu):
-    finding = found("CUDA")
-    assert (finding.status, finding.detail[:13]) == (NOTE, "no NVIDIA GPU")
-
-
 @pytest.mark.parametrize(
-    "cuda, hidden, status, words",
+    "driver, cuda, hidden, status, words",
     [
-        ("13.0", None, PROBLEM, "cannot use it.*update the driver"),
-        (None, None, PROBLEM, "built for the CPU.*install the CUDA build"),
-        ("13.0", "", NOTE, "hidden by CUDA_VISIBLE_DEVICES.*unset it"),
+        (None, "13.0", None, NOTE, "no NVIDIA GPU: everything runs on the CPU"),
+        ("nvidia-smi", "13.0", None, PROBLEM, "cannot use it.*update the driver"),
+        ("nvidia-smi", None, None, PROBLEM, "built for the CPU.*install the CUDA build"),
+        ("nvidia-smi", "13.0", "", NOTE, "hidden by CUDA_VISIBLE_DEVICES.*unset it"),
     ],
 )
-def test_a_gpu_that_cannot_be_used(without_gpu, monkeypatch, cuda, hidden, status, words):
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+def test_a_gpu_that_is_missing_or_cannot_be_used(monkeypatch, driver, cuda, hidden, status, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: driver)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if hidden is not None:

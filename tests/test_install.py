@@ -143,6 +143,8 @@ def test_an_environment_of_ones_own_keeps_torch_and_detectron2(setup_env, capsys
     assert f"-e {ROOT}[dev,baselines,eval,export,docs] " in package
     assert package.endswith("KEPT torch==2.7.0+cpu torchvision==0.22.0 numpy==1.26.4 opencv-contrib-python")
     assert "keeping the Detectron2 in /site/detectron2" in capsys.readouterr().out
+    # The prebuilt one still needs what it was installed with.
+    assert "docs,detectron2] " in setup_env.given(**own, sal_detectron2="0.7.2")[2]
 
 
 @pytest.mark.parametrize("library", ["libGL.so.1", "libgthread-2.0.so.0"])

@@ -61,7 +61,7 @@ def pip_install(*arguments: str, **variables: str) -> None:
 
 def main() -> None:
     if importlib.util.find_spec("pip") is None:
-        subprocess.run([sys.executable, "-m", "ensurepip"], check=True)
+        subprocess.run([sys.executable, "-m", "ensurepip"])
     found = metadata.distributions()
     installed = {dist.name.lower().replace("_", "-"): dist.version for dist in found if dist.name}
     detectron2 = importlib.util.find_spec("detectron2")

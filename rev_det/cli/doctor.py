@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..doctor import PROBLEM, describe_environment, examine
 
-    logging.disable(logging.WARNING)  # torch misses compilers, which nobody needs here
+    # It misses a compiler for CUDA, which nobody needs here.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     print(f"{describe_environment().strip()}\n")
     findings = examine()
     width = max(len(finding.what) for finding in findings)
