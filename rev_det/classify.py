@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -15,6 +14,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
 from .checkpoint.named import PUBLISHED, NamedWeights, load_named_model
+from .data.images import open_image
 from .engine.amp import Precision
 
 IMAGE_SIDE = 224
@@ -135,7 +135,7 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
         """The index, the image (None if it cannot be read), and then why."""
         try:
-            with Image.open(self.paths[index]) as image:
+            with open_image(self.paths[index]) as image:
                 return index, self.transform(image.convert("RGB")), ""
         except Exception as error:  # a damaged file makes PIL raise errors of many kinds
             return index, None, " ".join(str(error).split()) or type(error).__name__

@@ -106,7 +106,10 @@ def _read_image(cfg: CfgNode, path: str) -> Tensor:
     import torch
     from detectron2.data.detection_utils import read_image
 
+    from ..data.images import check_head
+
     try:
+        check_head(path)
         pixels = read_image(path, format=cfg.INPUT.FORMAT)
     except FileNotFoundError:
         raise

@@ -266,7 +266,7 @@ def _environment(run: Run) -> dict[str, str]:
 
 def _read_picture(path: Path) -> Picture | None:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             image.verify()
             width, height = image.size
             kind = image.get_format_mimetype()

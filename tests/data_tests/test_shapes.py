@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 
 import rev_det.data.shapes as shapes_module
 from rev_det.data import generate_shapes
-from rev_det.data.validation import check_coco_json
+from rev_det.data.annotations import check_coco_json
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ..files import naming, write_json
+from .annotations import is_valid_polygon
 from .coco import registered_summary
-from .validation import is_valid_polygon
 
 logger = logging.getLogger(__name__)
 
