@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
 from reprlib import repr as short_repr
@@ -80,36 +80,22 @@ _OPTIONAL = ("area", "iscrowd", "ignore", "keypoints")
 
 @dataclass(frozen=True)
 class CocoSummary:
-    """What the checks found in a COCO-format file.
-
-    Attributes:
-        json_file: path of the annotations.
-        image_root: path of the folder with the images.
-        category_ids: the ids in the file, ascending; their positions are the contiguous class indices.
-        classes: the class names, in the order of ``category_ids``.
-        num_images: images in the file.
-        num_instances: annotations that are kept, crowd regions included.
-        num_masks: those of them that have a segmentation.
-        num_rle: non-crowd instances whose segmentation is a run-length encoding.
-        num_crowds: kept annotations that are crowd regions.
-        sample: up to ``NUM_SAMPLED`` images spread over the file, as entries of Detectron2's dataset format
-            that have what it takes to read them.
-        extreme: images so large or narrow that it depends on the config whether they can be used, likewise.
-        dropped: ids of the annotations left out of training and evaluation because they are degenerate.
-    """
+    """What the checks found in a COCO-format file."""
 
     json_file: str
     image_root: str
-    category_ids: tuple[int, ...]
-    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]  # ascending; their positions are the contiguous class indices
+    classes: tuple[str, ...]  # names, in the order of the ids
     num_images: int
-    num_instances: int
-    num_masks: int
-    num_rle: int
+    num_instances: int  # annotations that are kept, crowd regions included
+    num_masks: int  # those of them that have a segmentation
+    num_rle: int  # non-crowd instances whose segmentation is a run-length encoding
     num_crowds: int
+    # Images as entries of Detectron2's dataset format with what it takes to read them: some spread over the
+    # file, and those so large or narrow that it depends on the config whether they can be used.
     sample: tuple[dict[str, Any], ...]
     extreme: tuple[dict[str, Any], ...]
-    dropped: frozenset[int]
+    dropped: frozenset[int]  # ids of degenerate annotations, which training and evaluation leave out
 
 
 def check_coco_json(name: str, json_file: str, image_root: str) -> CocoSummary:
@@ -133,7 +119,7 @@ def check_coco_json(name: str, json_file: str, image_root: str) -> CocoSummary:
     dropped = find_degenerate(findings, images, annotations)
     kept = [annotation for annotation in annotations if annotation["id"] not in dropped]
     masks = [annotation for annotation in kept if annotation.get("segmentation")]
-    categories = sorted(categories, key=lambda category: category["id"])
+    category_ids, classes = zip(*sorted((c["id"], c["name"]) for c in categories), strict=True)
     entries = [
         {"file_name": os.path.join(image_root, image["file_name"]), "image_id": image["id"]}
         | {side: image[side] for side in ("height", "width")}
@@ -143,15 +129,15 @@ def check_coco_json(name: str, json_file: str, image_root: str) -> CocoSummary:
     return CocoSummary(
         json_file=json_file,
         image_root=image_root,
-        category_ids=tuple(category["id"] for category in categories),
-        classes=tuple(category["name"] for category in categories),
+        category_ids=category_ids,
+        classes=classes,
         num_images=len(images),
         num_instances=len(kept),
         num_masks=len(masks),
         num_rle=sum(isinstance(a["segmentation"], dict) and not a.get("iscrowd", 0) for a in masks),
         num_crowds=sum(annotation.get("iscrowd", 0) for annotation in kept),
         sample=tuple(entries[i * (len(entries) - 1) // max(count - 1, 1)] for i in range(count)),
-        extreme=tuple(filter(_is_extreme, entries)),
+        extreme=tuple(e for e in entries if _is_extreme(*sorted((e["height"], e["width"])))),
         dropped=frozenset(dropped),
     )
 
@@ -189,17 +175,10 @@ def read_records(
     if not isinstance(content, dict):
         raise ValueError(
             f"dataset '{name}': {json_file} holds a {type(content).__name__}, not an object with the keys "
-            f"{_quoted(_FIELDS)}; a list of detections is a results file, not annotations"
+            f"{', '.join(_FIELDS)}; a list of detections is a results file, not annotations"
         )
     if twice:
         findings.add(WARNING, f"{len(twice)} keys are given more than once, the last counts: {first(twice)}")
-    missing = [section for section in _FIELDS if section not in content]
-    if missing:
-        findings.add(
-            ERROR,
-            f"it is not in COCO's instances format: missing {_quoted(missing)}, found "
-            f"{_quoted(content) or 'nothing'}; it needs {_quoted(_FIELDS)}",
-        )
     images, categories, annotations = (_sound_records(findings, content, section) for section in _FIELDS)
     annotations = _placed(findings, images, categories, annotations)
     _check_image_files(findings, image_root, images)
@@ -309,11 +288,11 @@ def _object(pairs: list[tuple[str, Any]], twice: list[str]) -> dict[str, Any]:
 
 def _sound_records(findings: Findings, content: dict[str, Any], section: str) -> list[dict[str, Any]]:
     """The records of a section that follow its rules."""
-    records, fields = content.get(section, []), _FIELDS[section]
-    if section in content and not (isinstance(records, list) and records):
-        found = "empty" if isinstance(records, list) else f"a {type(records).__name__}"
-        findings.add(ERROR, f"'{section}' is {found}, expected a list of at least one record")
-    if not isinstance(records, list):
+    records, fields = content.get(section), _FIELDS[section]
+    if not (isinstance(records, list) and records):
+        found = "empty" if records == [] else f"a {type(records).__name__}"
+        found = found if section in content else f"missing, there are {', '.join(content) or 'no keys'}"
+        findings.add(ERROR, f"'{section}' is {found}; COCO's format has a list of at least one record")
         return []
     sound, offenders = [], defaultdict(list)
     for index, record in enumerate(records):
@@ -415,10 +394,5 @@ def _mask_problem(segmentation: Any, image: dict) -> tuple[str, bool]:
     return "polygon with fewer than three points or an odd number of coordinates", num_valid > 0
 
 
-def _is_extreme(image: dict) -> bool:
-    shorter, longer = sorted((image["height"], image["width"]))
+def _is_extreme(shorter: int, longer: int) -> bool:
     return longer > _EXTREME_SIDE or longer > _EXTREME_RATIO * shorter
-
-
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)
