@@ -88,6 +88,7 @@ def _check(args: argparse.Namespace) -> int:
 def _view(args: argparse.Namespace) -> int:
     from ..data import parse_dataset_argument, register_coco_json
     from ..data.contact_sheet import draw_annotations
+    from ..data.findings import printable
     from ..files import check_output, whole_file
     from .predict import report_failures
 
@@ -97,7 +98,7 @@ def _view(args: argparse.Namespace) -> int:
     register_coco_json(name, json_file, image_root)
     with whole_file(path) as part:
         count, failures = draw_annotations(name, part, args.num, args.seed, args.classes)
-    print(f"{_counted(count, 'image')} of '{name}' drawn in {path}")
+    print(printable(f"{_counted(count, 'image')} of '{name}' drawn in {path}"))
     return report_failures(failures, f"{count + len(failures)} images", "drawn")
 
 
