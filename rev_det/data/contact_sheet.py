@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.utils.visualizer import VisImage, Visualizer
 from matplotlib.figure import Figure
 
-from .findings import printable
+from .findings import first, printable
 from .images import check_extent, read_rgb
 
 _TILE = 448  # longer side of an image on the sheet, in pixels
@@ -117,7 +117,6 @@ def _with_classes(records: list[dict], known: Sequence[str], classes: Sequence[s
     """The records with an instance of the classes, or any instance."""
     unknown = [name for name in classes if name not in known]
     if unknown:
-        listed = ", ".join(known[:10]) + (", …" if len(known) > 10 else "")
-        raise ValueError(f"--classes: there is no class {unknown[0]!r}; there are {listed}")
+        raise ValueError(f"--classes: there is no class {unknown[0]!r}; there are {first(known)}")
     wanted = {known.index(name) for name in classes} or set(range(len(known)))
     return [r for r in records if any(a["category_id"] in wanted for a in r["annotations"])]
