@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -19,6 +18,7 @@ from .checkpoint import LoadResult
 from .checkpoint.layouts import convert
 from .checkpoint.loading import LoadMode, LoadPlan, read_source
 from .checkpoint.named import NAMED_MODELS, read_geometry
+from .data.images import open_image
 from .engine.amp import Precision
 
 IMAGE_SIDE = 224
@@ -147,7 +147,7 @@ class _Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
         try:
-            with Image.open(self.paths[index]) as image:
+            with open_image(self.paths[index]) as image:
                 return self.transform(image.convert("RGB")), ""
         except Exception as error:  # a damaged file makes PIL raise errors of many kinds
             return None, " ".join(str(error).split()) or type(error).__name__

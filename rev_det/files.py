@@ -165,20 +165,42 @@ def naming(path: str) -> Iterator[None]:
         raise UnwritableError(f"{path} cannot be written: {cause.strerror}; {room}") from error
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(
+    path: str | os.PathLike,
+    make_object: Callable[[list], Any] | None = None,
+    encoding: str = "utf-8-sig",
+) -> Any:
     """Read a JSON file.
+
+    Args:
+        make_object: makes an object of its pairs of key and value; None for a dictionary.
+        encoding: "utf-8" where others will read it, who do not know the byte order mark of some editors.
 
     Raises:
         OSError: it cannot be opened.
-        ValueError: it is not JSON, which the message says after the path.
+        ValueError: it is not JSON or not a regular file, which the message says after the path.
     """
+    check_regular(path)
     try:
-        with open(path, encoding="utf-8-sig") as file:  # some editors begin it with a byte order mark
-            return json.load(file)
+        with open(path, encoding=encoding) as file:
+            return json.load(file, object_pairs_hook=make_object)
     except json.JSONDecodeError as error:
         problem = f"{error.msg} in line {error.lineno}, column {error.colno}; is the file complete?"
+        if "BOM" in error.msg:
+            problem = "it begins with a byte order mark; save it as UTF-8 without one"
         raise ValueError(f"{path} is not valid JSON: {problem}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file in UTF-8: {error}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or of brackets
         raise ValueError(f"{path} is not JSON that can be read: {error}") from error
+
+
+def check_regular(path: str | os.PathLike) -> None:
+    """Before a file is opened: a pipe or a device may keep its reader waiting for ever.
+
+    Raises:
+        ValueError: it is a folder, a pipe or a device; the message begins with the path.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "a pipe or a device"
+        raise ValueError(f"{path} is {kind}, not a file")

@@ -22,15 +22,7 @@ _CROP = (384, 600)
 
 
 class RandomBranch(T.RandomApply):
-    """Detectron2's ``RandomApply`` of several augmentations in a row, readable in logs.
-
-    Args:
-        augmentations: applied all, one after the other, or none of them.
-        prob: of applying them, from 0 to 1.
-    """
-
-    def __init__(self, augmentations: list[T.Augmentation], prob: float = 0.5):
-        super().__init__(T.AugmentationList(augmentations), prob)
+    """Detectron2's ``RandomApply``, readable in logs."""
 
     def __repr__(self) -> str:
         return f"RandomBranch({self.aug.augs}, prob={self.prob})"
@@ -72,7 +64,7 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
             T.ResizeShortestEdge(_BEFORE_CROP, _BEFORE_CROP_LONGEST, sample_style="choice"),
             T.RandomCrop("absolute_range", _CROP),
         ]
-        return [RandomBranch(branch), *augmentations]
+        return [RandomBranch(T.AugmentationList(branch)), *augmentations]
     flips = augmentations[1:]
     return [T.ResizeScale(smallest, largest, size, size), T.FixedSizeCrop((size, size)), *flips]
 

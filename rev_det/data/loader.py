@@ -27,6 +27,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .findings import printable
 from .images import unusable_images
 from .mapper import RevDatasetMapper
 
@@ -298,7 +299,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable[list[Record]]
     records = arguments["dataset"]
     if isinstance(records, list) and (left_out := dict(unusable_images(records, *sizes_of_tests(cfg)))):
         for path, reason in left_out.items():
-            logger.warning("%s is left out of the evaluation: %s", path, reason)
+            logger.warning("%s is left out of the evaluation: %s", printable(path), reason)
         records = [record for record in records if record["file_name"] not in left_out]
         if not records:
             raise ValueError(

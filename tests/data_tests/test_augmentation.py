@@ -254,13 +254,6 @@ def test_annotations_in_integers_are_as_exact_as_others(masks, record):
         np.testing.assert_array_equal(ours.gt_masks.polygons, exact.gt_masks.polygons)
 
 
-def test_boxes_in_integers_are_exact_without_masks(cfg, record):
-    cfg.INPUT.RANDOM_FLIP = "none"
-    cfg.INPUT.MIN_SIZE_TRAIN = (250,)
-    (box,) = RevDatasetMapper(cfg, True)(record)["instances"].gt_boxes.tensor
-    torch.testing.assert_close(box, torch.tensor(OBJECT) * 2.5)
-
-
 def test_padding_is_background_in_masks_and_ignored_in_semantic_labels(masks, record, tmp_path):
     masks.INPUT.AUGMENTATION = "lsj"
     masks.INPUT.LSJ.SCALES = (0.5, 0.5)

@@ -13,7 +13,7 @@ from detectron2.utils.env import seed_all_rng
 from PIL import Image
 from torch import nn
 
-from rev_det.data import generate_shapes, validation
+from rev_det.data import annotations, generate_shapes
 from rev_det.engine import Trainer, argument_parser, load_config, main
 from rev_det.engine.evaluation import check_test_augmentation, evaluate_with_augmentation, evaluating
 
@@ -203,7 +203,7 @@ def test_extreme_images_are_left_out_of_an_evaluation_by_name(
     extreme, nano_mvit, tiny_run, tmp_path, capsys, monkeypatch, augmentation
 ):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300 * 200 - 1)
-    monkeypatch.setattr(validation, "_EXTREME_SIDE", 250)
+    monkeypatch.setattr(annotations, "_EXTREME_SIDE", 250)
     opts = ("INPUT.MAX_SIZE_TEST", "128", "TEST.DETECTIONS_PER_IMAGE", "20", *augmentation)
     opts += ("MODEL.REV.STRICT_WEIGHTS", "False", "DATASETS.TRAIN", "()", "DATASETS.TEST", "('extreme',)")
     words = tiny_run(nano_mvit, *opts, options=("--eval-only",))

@@ -4,9 +4,10 @@ import os
 
 import numpy as np
 import pytest
+from detectron2.data import Metadata
 from PIL import Image
 
-from rev_det.data import register_coco_json, view
+from rev_det.data import contact_sheet
 from rev_det_cli import main
 
 
@@ -24,15 +25,15 @@ def pets(content, write, images):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The images that are drawn."""
+    """The images of the last sheet."""
     names = []
-    real = view._draw
+    real = contact_sheet.write_sheet
 
-    def draw(record, metadata):
-        names.append(os.path.basename(record["file_name"]))
-        return real(record, metadata)
+    def write_sheet(path, tiles, titles):
+        names[:] = [title.partition(":")[0] for title in titles]
+        real(path, tiles, titles)
 
-    monkeypatch.setattr(view, "_draw", draw)
+    monkeypatch.setattr(contact_sheet, "write_sheet", write_sheet)
     return names
 
 
@@ -40,10 +41,11 @@ def sheet(pets, path, *options):
     return main(["data", "view", pets, "--output", str(path), *map(str, options)])
 
 
-def test_annotations_are_drawn_over_their_images(pets, tmp_path, capsys, monkeypatch):
+def test_annotations_are_drawn_over_their_images(pets, tmp_path, capsys, monkeypatch, drawn):
     # Detectron2's colours are random, and some are nearly grey.
     monkeypatch.setattr("detectron2.utils.visualizer.random_color", lambda **_: np.array([1.0, 0.2, 0.0]))
     assert sheet(pets, tmp_path / "sheet.png") == 0
+    assert drawn == ["0.png", "1.png", "2.png"]  # those with instances
     assert capsys.readouterr().out == f"3 images of 'pets' drawn in {tmp_path}/sheet.png\n"
     pixels = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
     assert pixels.shape == (448, 3 * 448, 3)
@@ -53,20 +55,14 @@ def test_annotations_are_drawn_over_their_images(pets, tmp_path, capsys, monkeyp
         assert grey.mean() > 0.2 and colour.mean() > 0.01
 
 
-def test_images_without_instances_are_left_out(pets, tmp_path, drawn):
-    assert sheet(pets, tmp_path / "sheet.jpg") == 0
-    assert drawn == ["0.png", "1.png", "2.png"]
-
-
 def test_only_images_with_the_classes_asked_for(pets, tmp_path, drawn):
-    assert sheet(pets, tmp_path / "sheet.png", "--classes", "dog") == 0
+    assert sheet(pets, tmp_path / "sheet.jpg", "--classes", "dog") == 0
     assert drawn == ["0.png", "1.png"]
 
 
 def test_the_seed_chooses(pets, tmp_path, drawn):
     chosen = set()
     for seed in (0, 0, 1, 2, 3, 4):
-        drawn.clear()
         assert sheet(pets, tmp_path / "sheet.png", "--num", 2, "--seed", seed) == 0
         assert len(drawn) == 2 and drawn == sorted(drawn)
         chosen.add((seed, *drawn))
@@ -84,12 +80,15 @@ def test_without_output_the_picture_has_the_name_of_the_set(pets, tmp_path, monk
     "options, words",
     [
         (["--num", "0"], "--num must be at least 1"),
-        (["--classes", "bird"], "--classes: there is no class 'bird'; there are cat, dog"),
+        (["--classes", "bird"], "--classes: there is no class 'bird'; there are cat, dog, fox"),
+        (["--classes", "fox"], "no image of dataset 'pets' has an instance of fox"),
         (["--output", "sheet.xyz"], "must end with .png or .jpg"),
         (["--output", "nowhere/sheet.png"], "the folder nowhere does not exist"),
     ],
 )
-def test_arguments_that_do_not_go(pets, tmp_path, capsys, options, words):
+def test_arguments_that_do_not_go(pets, content, write, tmp_path, capsys, options, words):
+    content["categories"].append({"id": 9, "name": "fox"})
+    write(content)
     assert sheet(pets, tmp_path / "sheet.png", *options) == 2
     assert words in capsys.readouterr().err
 
@@ -109,15 +108,12 @@ def test_images_that_cannot_be_drawn_are_named_and_left_out(pets, images, tmp_pa
     assert not list(tmp_path.glob("*other*"))
 
 
-def test_classes_without_an_image_are_named(pets, content, write, images):
-    content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 3]
-    register_coco_json("cats", write(content, "cats.json"), images)
-    with pytest.raises(ValueError, match="no image of dataset 'cats' has an instance of dog"):
-        view.draw_annotations("cats", "sheet.png", classes=["dog"])
-
-
-def test_names_of_classes_are_no_formulas(content, write, images, tmp_path):
-    """Matplotlib would draw what stands between dollar signs as one, and fail where it is none."""
-    content["categories"][0]["name"] = r"$\frac{$"
-    Image.new("RGB", (60, 40)).save(os.path.join(images, content["images"][0]["file_name"]))
-    assert sheet(f"pets={write(content)}:{images}", tmp_path / "sheet.png") == 0
+# Matplotlib would draw what stands between dollar signs as a formula, and cannot draw half a character.
+@pytest.mark.parametrize("name", [r"$\frac{$", "a\ud800"])
+def test_names_of_classes_and_images_are_drawn_whatever_they_are(name, tmp_path):
+    record = {"annotations": [{"bbox": [2, 2, 20, 20], "bbox_mode": 0, "category_id": 0}]}
+    metadata = Metadata(name="any", thing_classes=[name])
+    image = np.zeros((40, 60, 3), np.uint8)
+    tile = contact_sheet.draw_tile(image, metadata, contact_sheet.Visualizer.draw_dataset_dict, record)
+    contact_sheet.write_sheet(str(tmp_path / "sheet.png"), [tile], [name])
+    assert tile.any() and metadata.thing_classes == [name]

@@ -16,8 +16,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ..files import naming, write_json
+from .annotations import is_valid_polygon
 from .coco import registered_summary
-from .validation import is_valid_polygon
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +91,7 @@ class RevCOCOEvaluator(COCOEvaluator):
         for annotation in annotations:
             _complete(annotation, api)
         api.dataset["annotations"] = annotations
-        # The index prints its progress.
-        with contextlib.redirect_stdout(io.StringIO()):
-            api.createIndex()
+        _index(api)
 
     def _write_results(self, results: Mapping[str, Any], img_ids: Sequence[int] | None) -> None:
         """Write ``results.json``: complete, or not at all."""
@@ -146,9 +144,7 @@ class _CountedCOCO(COCO):
             "categories": [item | {"id": self.categories[item["id"]]} for item in content["categories"]],
             "annotations": [item | {"id": number} for number, item in enumerate(annotations, 1)],
         }
-        # The index prints its progress.
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.createIndex()
+        _index(self)
 
     def loadRes(self, resFile: list[dict]) -> COCO:  # noqa: N802, N803  (pycocotools' names)
         return super().loadRes(list(self._counted(resFile)))
@@ -193,6 +189,11 @@ def _used_by_detectron2(implementation: Callable[..., COCOeval]) -> Iterator[Non
         yield
     finally:
         coco_evaluation.COCOeval_opt = before
+
+
+def _index(api: COCO) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+        api.createIndex()
 
 
 def _complete(annotation: dict[str, Any], api: Any) -> None:
