@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from detectron2.utils.logger import setup_logger
 
-    from ..analysis.cases import read_config
+    from ..engine.model_config import read_config
     from ..checkpoint import RevCheckpointer
     from ..engine import build_detector
     from ..export import check_target, export

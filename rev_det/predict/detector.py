@@ -14,7 +14,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from torch import nn
 
-from ..analysis.cases import read_config
+from ..engine.model_config import read_config
 from ..checkpoint import RevCheckpointer
 from ..checkpoint.checkpointer import last_checkpoint
 from ..checkpoint.named import PUBLISHED
