@@ -64,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
     """
     from detectron2.utils.logger import setup_logger
 
-    from ..engine.model_config import read_config
     from ..checkpoint import RevCheckpointer
     from ..engine import build_detector
+    from ..engine.model_config import read_config
     from ..export import check_target, export
     from ..predict import Origin
 

@@ -70,7 +70,7 @@ def save_plot(title: str, rows: Sequence[Row], path: str, against: str | None = 
     along = against or next((name for name in _SWEEPS if _is_swept(rows, name)), None)
     height = 4.8 if along else 1.6 + 0.3 * len(rows)
     # Outside pyplot's global state, which other code may be using.
-    canvas = Canvas((4.6 * len(panels) + (1 if along else 3), height), layout="constrained")
+    canvas = Canvas((max(8, 4.6 * len(panels) + 3), height), layout="constrained")
     FigureCanvasAgg(canvas)
     grid = canvas.subplots(1, len(panels), squeeze=False, sharey=not along)[0]
     for axes, name in zip(grid, panels, strict=True):
@@ -132,13 +132,18 @@ def _lines(axes: Axes, rows: Sequence[Row], name: str, along: str) -> None:
         colour, marker = _style(chosen[0])
         chosen = sorted(chosen, key=lambda row: _position(row, along))
         points = [(_position(row, along), row.figures[name].value) for row in chosen]
-        axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=label)
-        marks = [(x, row.figures[published].value) for (x, _), row in zip(points, chosen, strict=True) if published in row.figures]
+        style = {"marker": marker, "color": colour, "linestyle": "-" if is_label else ""}
+        axes.plot(*zip(*points, strict=True), label=label, **style)
+        marks = [
+            (x, row.figures[published].value)
+            for (x, _), row in zip(points, chosen, strict=True)
+            if published in row.figures
+        ]
         if marks:
             axes.plot(*zip(*marks, strict=True), marker="_", color=colour, linestyle="", markersize=12)
         if not is_label:
             for point, row in zip(points, chosen, strict=True):
-                axes.annotate(row.labels["model"], point, fontsize="x-small")
+                axes.annotate(f"  {row.labels['model']}", point, fontsize="x-small", va="center")
     ticks = {_position(row, along): row.labels[along] for row in rows} if is_label else {}
     if 0 < len(ticks) <= 8:
         axes.set_xticks(list(ticks), [str(tick) for tick in ticks.values()])

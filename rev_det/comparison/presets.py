@@ -78,14 +78,19 @@ def largest_batch(runner: Runner, case: Case, limit: int | None) -> Row:
     return row
 
 
-def images_that_fit(case: Case) -> Row:
-    """Images in a training step of a detector or backbone that fit on `CARDS`, counted."""
+def memory_by_images(case: Case) -> tuple[int, float]:
+    """Counted bytes of a step with one image, everything included, and of each further image."""
     # Four images of detection size make activations outweigh the gradients, from where on memory grows evenly
     # with each; more if they are smaller, but not so many that counting takes long.
     many = min(16, max(4, 4 * 800 * 1344 // (case.size[0] * case.size[1])))
     one, all_of_them = (Counting().count(replace(case, batch=batch)).total for batch in (1, many))
-    each = (all_of_them - one) / (many - 1)
+    return one, (all_of_them - one) / (many - 1)
+
+
+def images_that_fit(case: Case) -> Row:
+    """Images in a training step of a detector or backbone that fit on `CARDS`, counted."""
     row = case.row()
+    one, each = memory_by_images(case)
     row.figures = {
         "one image": Figure(one / GIB, "GiB", COUNTED),
         "each further one": Figure(each / GIB, "GiB", COUNTED),

@@ -1,4 +1,4 @@
-"""How exactly the inputs of reversible blocks are rebuilt: checked while training goes on, or block by block."""
+"""How exactly the inputs of reversible blocks are rebuilt: in training, or block by block."""
 
 from __future__ import annotations
 

@@ -109,9 +109,7 @@ class DetectorStep:
         return {"image": image, "height": height, "width": width, "instances": instances}
 
 
-def count_detector(
-    step: DetectorStep, device_rules: str = "cuda", rates: Rates | None = None
-) -> StepCount:
+def count_detector(step: DetectorStep, device_rules: str = "cuda", rates: Rates | None = None) -> StepCount:
     """Count a whole training step, optimizer included, as every later one is after the first.
 
     Args:

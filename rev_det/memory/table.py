@@ -130,7 +130,9 @@ def _table(title: str, lines: list[list[str]]) -> Table:
     table = Table(title=title, title_justify="left")
     for header, cell in zip(lines[0], lines[1], strict=True):
         is_number = re.fullmatch(r"-|[-\d.e+]*\d", cell) is not None
-        table.add_column(header.replace(" (", "\n("), justify="right" if is_number else "left", overflow="fold")
+        table.add_column(
+            header.replace(" (", "\n("), justify="right" if is_number else "left", overflow="fold"
+        )
     for line in lines[1:]:
         table.add_row(*line)
     return table

@@ -14,7 +14,6 @@ from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from torch import nn
 
-from ..engine.model_config import read_config
 from ..checkpoint import RevCheckpointer
 from ..checkpoint.checkpointer import last_checkpoint
 from ..checkpoint.named import PUBLISHED
@@ -24,6 +23,7 @@ from ..config_files import find_config_file, read_config_file
 from ..data.images import check_extent
 from ..devices import check_device, device_settings
 from ..engine import Precision, build_detector
+from ..engine.model_config import read_config
 from .classes import Classes, classes_from_json, classes_of_config, files_of_config, training_folder
 
 if TYPE_CHECKING:
