@@ -157,6 +157,14 @@ def test_views_and_empty_tensors_cost_nothing_and_expanded_dimensions_once():
     assert cost_of(aten.neg.default, x[:1].expand(4, 6)).bytes_moved == 4 * 6 + 4 * 24
 
 
+def test_what_is_only_written_is_moved_once():
+    x, y = torch.zeros(4, 6), torch.zeros(4, 6)
+    assert cost_of(aten.copy_.default, x, y).bytes_moved == 2 * x.nbytes
+    assert cost_of(aten.zero_.default, x).bytes_moved == x.nbytes
+    assert cost_of(aten.add.out, x, y, out=torch.zeros(4, 6)).bytes_moved == 3 * x.nbytes
+    assert cost_of(aten.add_.Tensor, x, y).bytes_moved == 3 * x.nbytes  # which reads it
+
+
 def test_depthwise_convolutions_are_bound_by_their_own_bandwidth():
     x, weight = torch.zeros(1, 8, 5, 5), torch.zeros(8, 1, 3, 3)
     cost = cost_of(aten.convolution.default, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 8)
