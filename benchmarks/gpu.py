@@ -42,38 +42,13 @@ PAGE = ROOT / "docs" / "gpu.md"
 CARRIED_DATA = ROOT / ".gpu" / "coco_overfit12"
 # A part is told to end these seconds before it is made to.
 GRACE = 40
+# What stands above it in docs/gpu.md is written by hand.
+MARK = (
+    "<!-- Below: written by `python benchmarks/gpu.py --page` from benchmarks/results/gpu_*.json. -->"
+)
 INTERRUPTED = "interrupted"
 # What a process of a part runs.
 PROCESS = "import json, sys, gpu_parts; sys.exit(gpu_parts.main(*json.loads(sys.argv[1])))"
-
-
-_INTRODUCTION = """\
-# Measured on a GPU
-
-<!-- Written by `python benchmarks/gpu.py --page` from the files gpu_*.json in benchmarks/results. -->
-
-Each section is measured by one part of `make gpu`; where counted figures stand beside measured ones, they say
-so. All figures, with machine, versions and command, are in `benchmarks/results/`.
-
-```
-make gpu PYTHON=python3
-make gpu PYTHON=python3 PARTS="doctor tests step_mvit" GPU_DATA=folder FORCE=1 MINUTES=5
-```
-
-The first runs every part that has no result yet, the second those named. Nothing is installed and no network
-is used: `PYTHON` is an interpreter, 3.10 or newer, with PyTorch for CUDA, torchvision and what else rev_det
-imports, installed or on `PYTHONPATH` (without `PYTHON`, that of `make setup`).
-
-- `GPU_DATA` is a folder with `images` and `instances_train.json` in COCO's format, for the parts that train
-  on real images.
-- `FORCE=1` repeats what is finished. A part gets at most 8 minutes, or `MINUTES`.
-- A part has a process of its own and is saved when it ends. One that fails, hangs or is interrupted takes no
-  other with it; the error is saved in its file, and the exit status is then not 0.
-- Where there is no `make`:
-  `python3 benchmarks/gpu.py --parts doctor tests --data folder --force --minutes 5`.
-- `python3 benchmarks/gpu.py --quick --device cpu` tries on any computer whether the parts run, with small
-  models; `python3 benchmarks/gpu.py --page` writes this page.
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -222,8 +197,8 @@ def read_results(folder: Path, trials: bool = False) -> dict[str, dict[str, Any]
 
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """docs/gpu.md: what has been measured, then what is owed."""
-    lines = [_INTRODUCTION]
+    """docs/gpu.md: its introduction, what has been measured, then what is owed."""
+    lines = [PAGE.read_text(encoding="utf-8").partition(MARK)[0] + MARK + "\n"]
     owed = [name for name in PARTS if name not in results or results[name]["error"]]
     if not results:
         lines.append("**No figure has been measured on a GPU yet.**\n")

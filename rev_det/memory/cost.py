@@ -83,14 +83,8 @@ _FLOPS = {
     **flop_registry,
 }
 # Operators without a kernel, besides views and questions about a tensor (of the namespace "prim").
-_FREE = {
-    aten.empty,
-    aten.empty_like,
-    aten.empty_strided,
-    aten.new_empty,
-    aten.new_empty_strided,
-    aten._unsafe_view,
-}
+_FREE = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+_FREE |= {aten._unsafe_view}
 # They write their first argument without reading it.
 _OVERWRITES = {aten.copy_, aten.fill_, aten.zero_}
 _ATTENTION_BACKWARD = {

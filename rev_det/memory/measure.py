@@ -10,13 +10,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from ..checks import is_out_of_memory
 from .counting import sum_of_means
+from .detector import DetectorStep
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -46,21 +47,8 @@ class Measurement:
     allocated: int | None = None
 
 
-class Step(Protocol):
-    """A training step that can be repeated: `BackboneStep`, `rev_det.memory.detector.DetectorStep`."""
-
-    def settle(self) -> None:
-        """What comes once, before the first `run`."""
-
-    def run(self) -> None:
-        """One whole step."""
-
-    def release(self) -> None:
-        """Drop the gradients."""
-
-
 def measure(
-    step: Step,
+    step: BackboneStep | DetectorStep,
     batch: int,
     device: torch.device,
     warm_up: int,
@@ -70,7 +58,7 @@ def measure(
     """Time a step and watch its memory.
 
     Args:
-        step: what to run.
+        step: what has ``settle()``, which comes once, ``run()`` and ``release()``.
         batch: images in it.
         device: where it runs.
         warm_up: steps that are not timed.
