@@ -49,8 +49,6 @@ _DEFINITIONS = {
         "torch.cuda.max_memory_allocated. Warm-up is what came before, to load and choose kernels."
     ),
 }
-# Of a step that is counted, some minutes' work: 249 images of 800x1344.
-_MOST_PIXELS = 2**28
 # In the order in which a command line is written down.
 _CASE_OPTIONS = ("activations", "keep_attention", "peers", "depth", "size", "batch", "dtype", "max_batch")
 _OPTIONS = (
@@ -177,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_size(text: str, most_pixels: int = _MOST_PIXELS) -> tuple[int, int]:
+def parse_size(text: str, most_pixels: int) -> tuple[int, int]:
     """ "800x1344" as (height, width) in pixels."""
     match = re.fullmatch(r"([1-9]\d{0,9})x([1-9]\d{0,9})", text)
     if match is None:
@@ -251,7 +249,7 @@ def _check(
 
 
 def _check_cases(cases: Sequence[Case], device: torch.device | None) -> None:
-    from ..comparison.cases import MOST_COUNTED
+    from ..comparison.cases import MOST_COUNTED, MOST_PIXELS
     from ..devices import computes_in_bfloat16
 
     if device is not None and device.type == "cuda" and any(case.dtype == "bf16" for case in cases):
@@ -262,11 +260,11 @@ def _check_cases(cases: Sequence[Case], device: torch.device | None) -> None:
         # Each operation is run through, on tensors without values: more parts and blocks take longer.
         height, width = case.size
         pixels = case.batch * height * width
-        if max(case.batch, case.depth or 0) > MOST_COUNTED or pixels > _MOST_PIXELS:
+        if max(case.batch, case.depth or 0) > MOST_COUNTED or pixels > MOST_PIXELS:
             depth = f" at depth {case.depth}" if case.depth else ""
             raise ValueError(
                 f"{case.batch} images of {height}x{width}{depth} would take very long to count: a step may "
-                f"have {MOST_COUNTED} images or blocks at most, and {_MOST_PIXELS // 10**6} million pixels. "
+                f"have {MOST_COUNTED} images or blocks at most, and {MOST_PIXELS // 10**6} million pixels. "
                 "Memory grows in a straight line with either, so that two smaller numbers tell it"
             )
 
@@ -287,7 +285,7 @@ def _device(name: str | None) -> torch.device | None:
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
-    from ..comparison.cases import Case, reversible_family
+    from ..comparison.cases import MOST_PIXELS, Case, reversible_family
     from ..comparison.models import AS_CONFIGURED, MODELS, trainings
     from ..engine.model_config import read_config
 
@@ -310,7 +308,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         activations = args.activations or ("cached", "checkpoint", "reversible")
         chosen = trainings(activations, args.keep_attention, args.peers)
     return [
-        Case(title, model, training, batch, parse_size(size), dtype, depth, cfg)
+        Case(title, model, training, batch, parse_size(size, MOST_PIXELS), dtype, depth, cfg)
         for depth in args.depth or [None]
         for size in args.size or ["800x1344"]
         for batch in args.batch or [2]

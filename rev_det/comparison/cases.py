@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": torch.bfloat16, "fp32": None}
 # Tensors alive at the peak that a file lists.
 _LISTED = 12
-# Images in a step; more take too long to count where they are computed in many parts.
-MOST_COUNTED = 1024
+# Images, and pixels of all images in a step; more take too long to count.
+MOST_COUNTED, MOST_PIXELS = 1024, 2**28
 # What Detectron2's own models are called in a config.
 _BASELINES = {"rev_vit": "build_baseline_vit_fpn_backbone", "rev_mvit": "build_baseline_mvit_fpn_backbone"}
 
@@ -198,8 +198,10 @@ class Counting:
     def largest_batch(self, case: Case, limit: int) -> int:
         """Images in a step whose whole memory, optimizer state included, is at most ``limit`` bytes.
 
-        Exact up to 1024 images; beyond, the memory of 512 and of 1024 is extended in a straight line.
+        Exact up to what is counted in reasonable time, 1024 images if they are not large; beyond, the memory
+        of that many and of half as many is extended in a straight line.
         """
+        most = max(2, min(MOST_COUNTED, MOST_PIXELS // math.prod(case.size)))
         totals: dict[int, int] = {}
 
         def total(batch: int) -> int:
@@ -215,9 +217,9 @@ class Counting:
         # The peak can move to another operation at larger batches: twice more from there.
         for _ in range(2):
             if guess > 8:
-                high = min(guess, MOST_COUNTED)
+                high = min(guess, most)
                 guess = extended(high // 2, high)
-        if guess > MOST_COUNTED:
+        if guess > most:
             return guess
         return largest_batch(lambda batch: total(batch) <= limit, guess)
 

@@ -89,8 +89,10 @@ def test_the_counted_largest_batch_is_the_last_that_fits(training):
     assert Counting().largest_batch(wanted, 1000) == 0
 
 
-def test_a_counted_largest_batch_beyond_what_is_counted_is_extended_in_a_straight_line(monkeypatch):
-    monkeypatch.setattr("rev_det.comparison.cases.MOST_COUNTED", 8)
+@pytest.mark.parametrize("bound", [{"MOST_COUNTED": 8}, {"MOST_PIXELS": 8 * 32 * 32}])
+def test_beyond_what_is_counted_the_largest_batch_is_extended_in_a_straight_line(monkeypatch, bound):
+    for name, value in bound.items():
+        monkeypatch.setattr(f"rev_det.comparison.cases.{name}", value)
     wanted = case(CACHED, dtype="fp32")
     low, high = (Counting().count(replace(wanted, batch=b)).total for b in (4, 8))
     counted = []

@@ -116,13 +116,6 @@ def test_other_annotations_are_refused(config):
         detector_step(config("MODEL.KEYPOINT_ON", True), 1, (64, 64))
 
 
-def test_a_step_is_measured_on_the_cpu(config):
-    step = detector_step(config(), 1, (64, 64))
-    result = measure(step, 1, torch.device("cpu"), 1, 2)
-    assert result.images_per_second > 0
-    assert step.storage.iter == 4
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["cached", "checkpoint", "reversible"])
 def test_memory_grows_in_a_straight_line_with_the_images(config, mode):
