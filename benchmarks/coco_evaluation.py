@@ -20,6 +20,7 @@ import time
 from importlib.metadata import version
 from typing import Any
 
+import detectron2
 import faster_coco_eval
 import numpy as np
 import pycocotools.mask as mask_util
@@ -58,12 +59,12 @@ def main() -> None:
         rows = ", ".join(f"{name} {least['wall']:.1f} s" for name, least in seconds[task].items())
         sys.stdout.write(f"{task}: {rows}; largest difference {differences[task]:.1e}\n")
     if args.json:
-        packages = ("detectron2", "faster_coco_eval", "numpy", "pycocotools")
+        packages = {m.__name__: m.__version__ for m in (detectron2, faster_coco_eval, np)}
         numbers = {"images": len(dataset["images"]), "classes": NUM_CLASSES}
         numbers |= {"instances": len(dataset["annotations"]), "detections": len(detections)}
         content = {
             "command": shlex.join(["python", "benchmarks/coco_evaluation.py", *sys.argv[1:]]),
-            "machine": describe_machine(None) | {name: version(name) for name in packages},
+            "machine": describe_machine(None) | packages | {"pycocotools": version("pycocotools")},
             "data": numbers,
             "seconds, the least of all runs": seconds,
             "runs": args.repeats,
