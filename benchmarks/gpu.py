@@ -43,7 +43,7 @@ CARRIED_DATA = ROOT / ".gpu" / "coco_overfit12"
 # A part is told to end these seconds before it is made to.
 GRACE = 40
 # What stands above it in docs/gpu.md is written by hand.
-MARK = "<!-- Below: written by `python benchmarks/gpu.py --page` from benchmarks/results/gpu_*.json. -->"
+MARK = "<!-- Below: written by `python benchmarks/gpu.py --page` from gpu_*.json in the results. -->"
 INTERRUPTED = "interrupted"
 # What a process of a part runs.
 PROCESS = "import json, sys, gpu_parts; sys.exit(gpu_parts.main(*json.loads(sys.argv[1])))"
