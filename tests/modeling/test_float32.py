@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import roi_align
 
 from rev_det import model_zoo
-from rev_det.analysis.detector import DetectorStep
+from rev_det.comparison.cases import detector_step
 from rev_det.engine import Trainer
 from rev_det.modeling import float32_boxes
 from rev_det.predict import Origin, load_detector
@@ -249,7 +249,7 @@ def test_every_command_builds_its_detector_so(saved_run, monkeypatch):
     assert not is_treated(build_model(cfg))
     assert is_treated(Trainer.build_model(cfg))  # train, and --eval-only
     assert is_treated(load_detector(Origin.find(str(saved_run))).model)  # predict, data
-    assert is_treated(DetectorStep(cfg, 1, (64, 64)).model)  # bench, analyze
+    assert is_treated(detector_step(cfg, 1, (64, 64)).model)  # bench, analyze
     assert is_treated(model_zoo.get("Quickstart/mask_rcnn_rev_mvit_nano_fpn.yaml", device="cpu"))
     exported = []
     monkeypatch.setattr("rev_det.export.export", lambda model, *args, **kwargs: exported.append(model) or [])

@@ -1,10 +1,10 @@
-"""The models that are compared: ours in every way of keeping activations, and Detectron2's own."""
+"""The models that are compared, and the ways of training them: ours, and Detectron2's own models."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import nn
 from ..config_files import default_config
 from ..modeling import RevMViT, RevViT
 from ..modeling.baselines import build_baseline_mvit_fpn_backbone, build_baseline_vit_fpn_backbone
-from ..modeling.reversible import ACTIVATIONS
 
 # Blocks of the four stages at depth 24, transitions included; other depths keep the proportions (16 gives
 # Rev-MViT-B's 1, 2, 11, 2).
@@ -30,23 +29,6 @@ class Model:
     reversible: type[nn.Module]
     arguments: dict[str, Any]
 
-    @property
-    def depth(self) -> int:
-        return self.arguments["depth"]
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """A way of training a model.
-
-    Attributes:
-        name: as the tables show it.
-        arguments: constructor arguments of our classes; None for Detectron2's own class.
-    """
-
-    name: str
-    arguments: dict[str, Any] | None = field(default_factory=dict)
-
 
 MODELS = {
     "rev_vit_s": Model("Rev-ViT-S", RevViT, {"embed_dim": 384, "depth": 12, "num_heads": 6}),
@@ -54,22 +36,24 @@ MODELS = {
     "rev_vit_l": Model("Rev-ViT-L", RevViT, {"embed_dim": 1024, "depth": 24, "num_heads": 16}),
     "rev_mvit_b": Model("Rev-MViT-B", RevMViT, {"embed_dim": 96, "depth": 16, "num_heads": 1}),
 }
-CACHED = Scheme("cached", {"activations": "cached"})
-CHECKPOINT = Scheme("checkpoint", {"activations": "checkpoint", "keep_attention": False})
-CHECKPOINT_KEPT = Scheme("checkpoint, attention kept", {"activations": "checkpoint", "keep_attention": True})
-PAPER = Scheme(
-    "reversible as published",
-    {"activations": "reversible", "transitions": "cached", "keep_attention": False},
-)
-REVERSIBLE = Scheme("reversible", {"activations": "reversible", "keep_attention": False})
-REVERSIBLE_KEPT = Scheme("reversible, attention kept", {"activations": "reversible", "keep_attention": True})
-AS_CONFIGURED = Scheme("as configured")
-DETECTRON2 = Scheme("Detectron2's own", None)
-PEERS = (CACHED, CHECKPOINT, CHECKPOINT_KEPT, DETECTRON2)
+CACHED, CHECKPOINT, CHECKPOINT_KEPT = "cached", "checkpoint", "checkpoint, attention kept"
+REVERSIBLE, REVERSIBLE_KEPT = "reversible", "reversible, attention kept"
+PAPER, DETECTRON2, AS_CONFIGURED = "reversible as published", "Detectron2's own", "as configured"
+# Constructor arguments of our classes, for each way of training.
+TRAININGS: dict[str, dict[str, Any]] = {
+    CACHED: {"activations": "cached"},
+    CHECKPOINT: {"activations": "checkpoint", "keep_attention": False},
+    CHECKPOINT_KEPT: {"activations": "checkpoint", "keep_attention": True},
+    PAPER: {"activations": "reversible", "transitions": "cached", "keep_attention": False},
+    REVERSIBLE: {"activations": "reversible", "keep_attention": False},
+    REVERSIBLE_KEPT: {"activations": "reversible", "keep_attention": True},
+    DETECTRON2: {},
+    AS_CONFIGURED: {},
+}
 
 
-def schemes(activations: Sequence[str], keep_attention: bool | None, peers: bool) -> list[Scheme]:
-    """The schemes that a command line asks for, each once, peers first.
+def trainings(activations: Sequence[str], keep_attention: bool | None, peers: bool) -> list[str]:
+    """The ways of training that a command line asks for, each once, peers first.
 
     Args:
         activations: of ``reversible.ACTIVATIONS``.
@@ -79,17 +63,14 @@ def schemes(activations: Sequence[str], keep_attention: bool | None, peers: bool
     Raises:
         ValueError: an unknown name in ``activations``.
     """
-    kept = keep_attention is not False
-    ours = {
-        "cached": CACHED,
-        "checkpoint": CHECKPOINT_KEPT if kept else CHECKPOINT,
-        "reversible": REVERSIBLE_KEPT if kept else REVERSIBLE,
-    }
+    ours = {"cached": CACHED, "checkpoint": CHECKPOINT, "reversible": REVERSIBLE}
+    if keep_attention is not False:
+        ours |= {"checkpoint": CHECKPOINT_KEPT, "reversible": REVERSIBLE_KEPT}
     unknown = [name for name in activations if name not in ours]
     if unknown:
-        raise ValueError(f"--activations must be some of {', '.join(ACTIVATIONS)}; got {unknown[0]!r}")
-    wanted = [ours[name] for name in activations]
-    return list({scheme.name: scheme for scheme in (*(PEERS if peers else ()), *wanted)}.values())
+        raise ValueError(f"--activations must be some of {', '.join(ours)}; got {unknown[0]!r}")
+    wanted = [CACHED, CHECKPOINT, CHECKPOINT_KEPT, DETECTRON2] if peers else []
+    return list(dict.fromkeys([*wanted, *(ours[name] for name in activations)]))
 
 
 def has_baselines() -> bool:
@@ -116,12 +97,12 @@ def stages(depth: int) -> tuple[int, ...]:
     return tuple(sum(sizes[: i + 1]) - 1 for i in range(4))
 
 
-def build(model: Model, scheme: Scheme, depth: int | None = None, device: str = "meta") -> nn.Module:
-    """Build a model for a scheme, in training mode.
+def build(model: Model, training: str, depth: int | None = None, device: str = "meta") -> nn.Module:
+    """Build a model for a way of training, in training mode.
 
     Args:
         model: of `MODELS`.
-        scheme: ours, or `DETECTRON2`, see `rev_det.modeling.baselines`.
+        training: of `TRAININGS`; of `DETECTRON2` see `rev_det.modeling.baselines`.
         depth: instead of the model's own.
         device: "meta" for a model to be counted, else where it is to run.
 
@@ -129,13 +110,13 @@ def build(model: Model, scheme: Scheme, depth: int | None = None, device: str = 
         ImportError: `DETECTRON2` without timm.
         ValueError: the depth is too small.
     """
-    arguments = {**model.arguments, "depth": depth or model.depth}
+    arguments = {**model.arguments, "depth": depth or model.arguments["depth"]}
     if model.reversible is RevMViT:
         arguments["last_block_indexes"] = stages(arguments["depth"])
-    if scheme.arguments is None:
+    if training == DETECTRON2:
         return _detectron2(model, arguments).train().to("cpu" if device == "meta" else device)
     allowed = inspect.signature(model.reversible).parameters
-    arguments |= {key: value for key, value in scheme.arguments.items() if key in allowed}
+    arguments |= {key: value for key, value in TRAININGS[training].items() if key in allowed}
     with torch.device(device):
         return model.reversible(**arguments).train()
 

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from ..checks import is_out_of_memory
+from .counting import sum_of_means
+from .detector import DetectorStep
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -30,7 +32,6 @@ class Measurement:
         median, low, high: seconds of a step; low and high are the quartiles.
         mean: seconds of a step, over all timed ones, which is what Detectron2 reports.
         warm_up: seconds of all that came before, in which kernels are loaded and chosen.
-        steps: how many were timed, after the warm-up.
         images_per_second: by the mean.
         peak: bytes of memory above what existed before the step, at most; None on the CPU.
         allocated: ``torch.cuda.max_memory_allocated``: the peak with weights, optimizer state and inputs.
@@ -41,33 +42,28 @@ class Measurement:
     high: float
     mean: float
     warm_up: float
-    steps: int
     images_per_second: float
     peak: int | None = None
     allocated: int | None = None
 
 
 def measure(
-    run: Callable[[], None],
-    release: Callable[[], None],
+    step: BackboneStep | DetectorStep,
     batch: int,
     device: torch.device,
     warm_up: int,
     steps: int,
-    prepare: Callable[[], None] = lambda: None,
     progress: Callable[[], None] = lambda: None,
 ) -> Measurement:
     """Time a step and watch its memory.
 
     Args:
-        run: one training step.
-        release: lets go of the gradients of the last one.
-        batch: images in a step.
+        step: what has ``settle()``, which comes once, ``run()`` and ``release()``.
+        batch: images in it.
         device: where it runs.
-        warm_up: steps before the timed ones, at least 1.
-        steps: timed ones, at least 1.
-        prepare: what to do before the first step, if anything; part of the warm-up.
-        progress: called after every step.
+        warm_up: steps that are not timed.
+        steps: steps that are.
+        progress: called after every step, outside its time.
 
     Raises:
         ValueError: ``warm_up`` or ``steps`` is less than 1.
@@ -76,20 +72,16 @@ def measure(
         raise ValueError(f"--warm-up and --steps must be at least 1, got {warm_up} and {steps}")
 
     def timed() -> float:
-        start = time.perf_counter()
-        run()
-        _synchronize(device)
-        seconds = time.perf_counter() - start
+        seconds = seconds_of(step.run, device)
         progress()
         return seconds
 
-    _synchronize(device)
     start = time.perf_counter()
-    prepare()
+    step.settle()
     for _ in range(warm_up):
         timed()
     seconds_of_warm_up = time.perf_counter() - start
-    release()
+    step.release()
     before = 0
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -104,11 +96,19 @@ def measure(
         high=high,
         mean=mean,
         warm_up=seconds_of_warm_up,
-        steps=steps,
         images_per_second=batch / mean,
         peak=None if allocated is None else allocated - before,
         allocated=allocated,
     )
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """How long it takes, the device having finished before and after."""
+    _synchronize(device)
+    start = time.perf_counter()
+    work()
+    _synchronize(device)
+    return time.perf_counter() - start
 
 
 class BackboneStep:
@@ -134,10 +134,14 @@ class BackboneStep:
         self.release()
         kind = self.images.device.type
         with torch.autocast(kind, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            loss = sum(y.mean() for y in self.model(self.images).values())
+            loss = sum_of_means(self.model(self.images))
         loss.backward()
 
+    def settle(self) -> None:
+        """Nothing has to come before the first step."""
+
     def release(self) -> None:
+        """Drop the gradients."""
         self.model.zero_grad(set_to_none=True)
 
 

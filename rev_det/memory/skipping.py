@@ -9,7 +9,6 @@ nor the time of a real one, and a `Counter` sees the very storages that a real o
 from __future__ import annotations
 
 import mmap
-from types import TracebackType
 
 import torch
 import torchvision  # noqa: F401  (registers its operations)
@@ -17,53 +16,26 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-aten, torchvision_ops = torch.ops.aten, torch.ops.torchvision
+
+def _operators(names: str, library: str = "aten") -> set[torch._ops.OpOverloadPacket]:
+    return {getattr(getattr(torch.ops, library), name) for name in names.split()}
+
 
 # Arithmetic that is never computed. Objectness, box deltas and class scores come out as zeros, which every
 # decision of a detector can be made on: the anchors are then the proposals.
-_PRODUCTS = {
-    aten.mm,
-    aten.addmm,
-    aten.bmm,
-    aten.baddbmm,
-    aten.convolution,
-    aten.convolution_backward,
-    aten._scaled_dot_product_flash_attention_for_cpu,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward,
-    aten.native_layer_norm,
-    aten.native_layer_norm_backward,
-    aten.native_group_norm,
-    aten.native_group_norm_backward,
-    aten.gelu,
-    aten.gelu_backward,
-    torchvision_ops.roi_align,
-    torchvision_ops._roi_align_backward,
-}
+_PRODUCTS = _operators(
+    "mm addmm bmm baddbmm convolution convolution_backward _scaled_dot_product_flash_attention_for_cpu "
+    "_scaled_dot_product_flash_attention_for_cpu_backward native_layer_norm native_layer_norm_backward "
+    "native_group_norm native_group_norm_backward gelu gelu_backward"
+) | _operators("roi_align _roi_align_backward", "torchvision")
 # Not computed on large tensors either, but only inside the backbone and in the backward pass, where nothing
 # is decided.
-_ELEMENTWISE = {
-    aten.add,
-    aten.sub,
-    aten.mul,
-    aten.div,
-    aten.addcmul,
-    aten.neg,
-    aten.relu,
-    aten.threshold_backward,
-    aten._softmax,
-    aten._softmax_backward_data,
-    aten._to_copy,
-    aten.clone,
-    aten.cat,
-    aten.sum,
-    aten.new_zeros,
-    aten.zeros_like,
-    aten.constant_pad_nd,
-    aten.upsample_nearest2d,
-    aten.upsample_nearest2d_backward,
-}
-_UPDATES = {aten._fused_adamw_, aten._fused_sgd_}
-_IN_PLACE = {aten.add_, aten.mul_, aten.div_, aten.addcmul_, aten.copy_, aten.zero_, aten.fill_}
+_ELEMENTWISE = _operators(
+    "add sub mul div addcmul neg relu threshold_backward _softmax _softmax_backward_data _to_copy clone cat "
+    "sum new_zeros zeros_like constant_pad_nd upsample_nearest2d upsample_nearest2d_backward"
+)
+_UPDATES = _operators("_fused_adamw_ _fused_sgd_")
+_IN_PLACE = _operators("add_ mul_ div_ addcmul_ copy_ zero_ fill_")
 _LARGE = 2**20  # values
 _PAGES = 2**16  # bytes from which a tensor gets memory pages of its own
 
@@ -88,10 +60,8 @@ class SkipArithmetic(TorchDispatchMode):
         ]
         return super().__enter__()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
         for hook in self._hooks:
             hook.remove()
 

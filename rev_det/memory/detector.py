@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
+from detectron2.engine import SimpleTrainer
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
-from ..engine import Precision, TrainStep, build_detector, build_gradient_clipper, build_optimizer
 from .cost import Rates
 from .counting import Counter, StepCount
-from .phantom import SkipArithmetic
+from .skipping import SkipArithmetic
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -30,15 +31,22 @@ class DetectorStep:
     full share of foreground, as they do in the course of real training.
 
     Args:
-        cfg: a config with rev_det's keys; ``MODEL.DEVICE`` and ``SOLVER.AMP`` apply, no weights are loaded.
+        cfg: a config with rev_det's keys; no weights are loaded.
         batch: images in a step.
         size: (H, W) of the images in pixels.
+        make_trainer: given the config and batches without end, makes what trains on them.
 
     Raises:
         ValueError: the detector needs annotations that are not made up here, or cannot be built.
     """
 
-    def __init__(self, cfg: CfgNode, batch: int, size: tuple[int, int]):
+    def __init__(
+        self,
+        cfg: CfgNode,
+        batch: int,
+        size: tuple[int, int],
+        make_trainer: Callable[[CfgNode, Iterable[list[dict[str, Any]]]], SimpleTrainer],
+    ):
         if cfg.MODEL.KEYPOINT_ON or cfg.MODEL.META_ARCHITECTURE in ("PanopticFPN", "SemanticSegmentor"):
             raise ValueError(
                 "a training step can be made up for detectors of boxes and masks, not with MODEL.KEYPOINT_ON "
@@ -46,18 +54,16 @@ class DetectorStep:
                 "rev-det analyze leaves it out with --no-fits"
             )
         self.cfg, self.size = cfg, size
-        self.model = build_detector(cfg).train()
-        self.optimizer = build_optimizer(cfg, self.model)
         self.batch = [self._image(_spread_boxes(size)) for _ in range(batch)]
         self.storage = EventStorage()
-        precision, clip = Precision.from_config(cfg), build_gradient_clipper(cfg)
-        self._step = TrainStep(self.model, self._batches(), self.optimizer, precision, clip)
+        self._trainer = make_trainer(cfg, repeat(self.batch))
+        self.model, self.optimizer = self._trainer.model, self._trainer.optimizer
 
     def run(self) -> None:
         """Forward, backward, clipping and update."""
         with self.storage:
-            self._step.iter = self.storage.iter
-            self._step.run_step()
+            self._trainer.iter = self.storage.iter
+            self._trainer.run_step()
             self.storage.step()
 
     def settle(self) -> None:
@@ -74,6 +80,10 @@ class DetectorStep:
         hook.remove()
         self.batch[:] = [self._image(_some(boxes.cpu())) for boxes in found]
 
+    def release(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad()
+
     def resize(self, size: tuple[int, int]) -> None:
         """Go on with images of another size, (H, W) in pixels, whose objects are spread over them."""
         self.size = size
@@ -85,41 +95,30 @@ class DetectorStep:
         foreground = latest.get("roi_head/num_fg_samples", 0.0)
         return {"box": foreground + latest.get("roi_head/num_bg_samples", 0.0), "mask": foreground}
 
-    def _batches(self) -> Iterator[list[dict[str, Any]]]:
-        while True:
-            yield self.batch
-
     def _image(self, boxes: Tensor) -> dict[str, Any]:
         height, width = self.size
         instances = Instances(self.size, gt_boxes=Boxes(boxes))
         instances.gt_classes = torch.zeros(len(boxes), dtype=torch.long)
         if self.cfg.MODEL.MASK_ON:
-            instances.gt_masks = (
-                PolygonMasks([[box[[0, 1, 2, 1, 2, 3, 0, 3]].numpy()] for box in boxes.double()])
-                if self.cfg.INPUT.MASK_FORMAT == "polygon"
-                else BitMasks(_rectangles(boxes, self.size))
-            )
+            corners = boxes.double()[:, [0, 1, 2, 1, 2, 3, 0, 3]].numpy()
+            masks = PolygonMasks([[corner] for corner in corners])
+            if self.cfg.INPUT.MASK_FORMAT != "polygon":
+                masks = BitMasks.from_polygon_masks(masks, height, width)
+            instances.gt_masks = masks
         image = torch.randint(256, (3, height, width), dtype=torch.uint8)
         return {"image": image, "height": height, "width": width, "instances": instances}
 
 
-def count_detector(
-    cfg: CfgNode,
-    batch: int,
-    size: tuple[int, int],
-    device_rules: str = "cuda",
-    rates: Rates | None = None,
-) -> StepCount:
+def count_detector(step: DetectorStep, device_rules: str = "cuda", rates: Rates | None = None) -> StepCount:
     """Count a whole training step, optimizer included, as every later one is after the first.
 
     Args:
-        cfg, batch, size: as of `DetectorStep`; ``MODEL.DEVICE`` must be "cpu".
+        step: on the CPU, not run yet; of no further use.
         device_rules, rates: see `Counter`.
 
     Returns:
         the count; its outputs are the backbone's.
     """
-    step = DetectorStep(cfg, batch, size)
     if device_rules == "cuda":
         # As on CUDA: all parameters are updated at once, without a copy of them.
         for group in step.optimizer.param_groups:
@@ -147,10 +146,3 @@ def _spread_boxes(size: tuple[int, int]) -> Tensor:
 def _some(boxes: Tensor) -> Tensor:
     """`NUM_OBJECTS` of the boxes, if there are as many, far from each other in the list."""
     return boxes[:: max(1, len(boxes) // NUM_OBJECTS)][:NUM_OBJECTS].clone()
-
-
-def _rectangles(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    ys, xs = (torch.arange(n) for n in size)
-    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
-    rows, columns = (y0 <= ys) & (ys < y1), (x0 <= xs) & (xs < x1)
-    return rows[:, :, None] & columns[:, None, :]

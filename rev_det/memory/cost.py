@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -82,14 +83,10 @@ _FLOPS = {
     **flop_registry,
 }
 # Operators without a kernel, besides views and questions about a tensor (of the namespace "prim").
-_FREE = {
-    aten.empty,
-    aten.empty_like,
-    aten.empty_strided,
-    aten.new_empty,
-    aten.new_empty_strided,
-    aten._unsafe_view,
-}
+_FREE = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+_FREE |= {aten._unsafe_view}
+# They write their first argument without reading it.
+_OVERWRITES = {aten.copy_, aten.fill_, aten.zero_}
 _ATTENTION_BACKWARD = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward,
     aten._scaled_dot_product_flash_attention_backward,
@@ -112,7 +109,10 @@ def operator_cost(func: torch._ops.OpOverload, args, kwargs, out: Any, rates: Ra
     packet = func._overloadpacket
     if func.is_view or packet in _FREE or func.namespace == "prim":
         return Cost()
-    tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+    # What is only written to is among the results.
+    read = args[1:] if packet in _OVERWRITES else args
+    named = {name: x for name, x in kwargs.items() if name not in _outputs(func)} if kwargs else kwargs
+    tensors = [x for x in tree_leaves((read, named, out)) if isinstance(x, Tensor)]
     if not tensors:
         return Cost()
     formula = _FLOPS.get(packet)
@@ -126,6 +126,11 @@ def operator_cost(func: torch._ops.OpOverload, args, kwargs, out: Any, rates: Ra
         seconds = max(flops / rate, traffic / rates.bandwidth)
     launches = _KERNELS.get(packet, 1) + len(_made_contiguous(packet, args))
     return Cost(flops, traffic, launches, seconds + launches * rates.launch)
+
+
+@cache
+def _outputs(func: torch._ops.OpOverload) -> set[str]:
+    return {argument.name for argument in func._schema.arguments if argument.is_out}
 
 
 def stored_bytes(x: Tensor) -> int:

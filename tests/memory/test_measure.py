@@ -1,65 +1,65 @@
 """Measuring on a device: times, out of memory, the largest batch; counted against measured on a GPU."""
 
 import gc
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from rev_det.analysis.cases import Case, Counting, Measuring
-from rev_det.analysis.counting import count_backbone
-from rev_det.analysis.measure import (
+from rev_det.comparison.cases import Case, Counting, Measuring
+from rev_det.comparison.models import CACHED, CHECKPOINT_KEPT, MODELS, REVERSIBLE_KEPT, build
+from rev_det.memory.counting import count_step
+from rev_det.memory.measure import (
     BackboneStep,
     largest_batch,
     measure,
     memory_limit,
     unless_out_of_memory,
 )
-from rev_det.analysis.peers import CACHED, CHECKPOINT_KEPT, MODELS, REVERSIBLE_KEPT, build
 from rev_det.modeling import ReversibleSequence, RevMViT
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
 
 
-def test_only_the_steps_after_the_warm_up_are_timed():
-    calls = []
-    result = measure(
-        run=lambda: calls.append("run"),
-        release=lambda: calls.append("release"),
-        batch=3,
-        device=CPU,
-        warm_up=2,
-        steps=5,
-        prepare=lambda: calls.append("prepare"),
-        progress=lambda: calls.append("progress"),
-    )
+@dataclass
+class Clock:
+    """A step whose runs take the given seconds; notes what is called."""
+
+    durations: Any
+    now: float = 0.0
+    calls: list[str] = field(default_factory=list)
+
+    def settle(self):
+        self.calls.append("settle")
+
+    def run(self):
+        self.calls.append("run")
+        self.now += next(self.durations)
+
+    def release(self):
+        self.calls.append("release")
+
+    def progress(self):
+        self.calls.append("progress")
+        self.now += 100
+
+
+def test_only_the_steps_after_the_warm_up_are_timed_and_progress_never(monkeypatch):
+    clock = Clock(iter([10.0, 7.0, 1.0, 2.0, 3.0, 6.0]))
+    monkeypatch.setattr("rev_det.memory.measure.time.perf_counter", lambda: clock.now)
+    result = measure(clock, 6, CPU, 2, 4, clock.progress)
     step = ["run", "progress"]
-    assert calls == ["prepare", *step * 2, "release", *step * 5]
-    assert result.steps == 5
-    assert 0 < result.low <= result.median <= result.high
-    assert result.images_per_second == pytest.approx(3 / result.mean)
-    assert (result.peak, result.allocated) == (None, None)  # the CPU keeps no account
-
-
-def test_seconds_are_those_of_the_timed_steps(monkeypatch):
-    now = 0.0
-    durations = iter([10.0, 7.0, 1.0, 2.0, 3.0, 6.0])
-    monkeypatch.setattr("rev_det.analysis.measure.time.perf_counter", lambda: now)
-
-    def run():
-        nonlocal now
-        now += next(durations)
-
-    result = measure(run, lambda: None, 6, CPU, warm_up=2, steps=4)
-    assert (result.warm_up, result.mean, result.median) == (17.0, 3.0, 2.5)
+    assert clock.calls == ["settle", *step * 2, "release", *step * 4]
+    assert (result.warm_up, result.mean, result.median) == (217.0, 3.0, 2.5)
+    assert result.low < result.median < result.high
     assert result.images_per_second == 2.0
-
-
-@pytest.mark.parametrize("warm_up, steps", [(0, 5), (5, 0)])
-def test_numbers_of_steps_are_checked(warm_up, steps):
-    with pytest.raises(ValueError, match="must be at least 1"):
-        measure(lambda: None, lambda: None, 1, CPU, warm_up, steps)
+    assert (result.peak, result.allocated) == (None, None)  # the CPU keeps no account
+    for warm_up, steps in ((0, 5), (5, 0)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            measure(clock, 1, CPU, warm_up, steps)
 
 
 def test_a_backbone_step_starts_without_gradients():
@@ -131,9 +131,25 @@ def test_running_out_of_memory_inside_a_step_leaves_a_usable_process(call, caplo
     assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))
 
 
-def test_other_errors_are_not_taken_for_too_little_memory():
-    with pytest.raises(RuntimeError, match="shape"):
-        unless_out_of_memory(lambda: (_ for _ in ()).throw(RuntimeError("wrong shape")), "it")
+@pytest.mark.parametrize(
+    "text, is_memory",
+    [
+        ("CUDA error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling it", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("wrong shape", False),
+    ],
+)
+def test_a_lack_of_memory_is_told_from_other_errors(text, is_memory, caplog):
+    def fail():
+        raise RuntimeError(text)
+
+    if is_memory:
+        assert unless_out_of_memory(fail, "8 images") is None
+        assert f"8 images does not fit: {text}" in caplog.text
+    else:
+        with pytest.raises(RuntimeError, match=text):
+            unless_out_of_memory(fail, "8 images")
     assert unless_out_of_memory(lambda: 5, "it") == 5
 
 
@@ -158,37 +174,6 @@ def test_an_endless_search_is_given_up():
         largest_batch(lambda batch: True)
 
 
-@pytest.mark.parametrize(
-    "text", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling it"]
-)
-def test_a_librarys_lack_of_memory_is_recognised(text, caplog):
-    def fail():
-        raise RuntimeError(text)
-
-    assert unless_out_of_memory(fail, "8 images") is None
-    assert f"8 images does not fit: {text}" in caplog.text
-
-
-def test_other_errors_are_not_mistaken_for_lack_of_memory():
-    def fail():
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        unless_out_of_memory(fail, "8 images")
-
-
-def test_progress_is_not_timed(monkeypatch):
-    now = 0.0
-    monkeypatch.setattr("rev_det.analysis.measure.time.perf_counter", lambda: now)
-
-    def advance(seconds):
-        nonlocal now
-        now += seconds
-
-    result = measure(lambda: advance(1.0), lambda: None, 1, CPU, 1, 2, progress=lambda: advance(5.0))
-    assert (result.median, result.mean) == (1.0, 1.0)
-
-
 def test_memory_limits_need_a_gpu():
     with pytest.raises(ValueError, match="--memory-limit is enforced on CUDA devices"):
         with memory_limit(CPU, 10**9):
@@ -198,14 +183,14 @@ def test_memory_limits_need_a_gpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("scheme", [CACHED, CHECKPOINT_KEPT, REVERSIBLE_KEPT], ids=lambda s: s.name)
+@pytest.mark.parametrize("training", [CACHED, CHECKPOINT_KEPT, REVERSIBLE_KEPT])
 @pytest.mark.parametrize(
     "name, size, batch", [("rev_mvit_b", (800, 1344), 2), ("rev_vit_b", (1024, 1024), 2)]
 )
-def test_counted_memory_is_what_a_gpu_allocates(name, size, batch, scheme):
-    counted = count_backbone(build(MODELS[name], scheme), batch, size)
-    step = BackboneStep(build(MODELS[name], scheme, device="cuda"), batch, size, torch.bfloat16)
-    measured = measure(step.run, step.release, batch, CUDA, warm_up=2, steps=2)
+def test_counted_memory_is_what_a_gpu_allocates(name, size, batch, training):
+    counted = count_step(build(MODELS[name], training), lambda: torch.empty(batch, 3, *size))
+    step = BackboneStep(build(MODELS[name], training, device="cuda"), batch, size, torch.bfloat16)
+    measured = measure(step, batch, CUDA, 2, 2)
     # Without cuDNN the allocator reaches 1.01 times the count (docs/memory.md): the rest is left to the
     # workspaces of its convolutions.
     assert measured.peak == pytest.approx(counted.peak, rel=0.1)
@@ -213,16 +198,17 @@ def test_counted_memory_is_what_a_gpu_allocates(name, size, batch, scheme):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("scheme", [CACHED, REVERSIBLE_KEPT], ids=lambda s: s.name)
-def test_running_out_of_gpu_memory_leaves_a_usable_process(scheme, caplog):
-    model = build(MODELS["rev_vit_s"], scheme, device="cuda")
+@pytest.mark.parametrize("training", [CACHED, REVERSIBLE_KEPT])
+def test_running_out_of_gpu_memory_leaves_a_usable_process(training, caplog):
+    model = build(MODELS["rev_vit_s"], training, device="cuda")
     small = BackboneStep(model, 1, (224, 224), torch.bfloat16)
     small.run()
     expected = [p.grad.clone() for p in model.parameters()]
     small.release()
     allocated = torch.cuda.memory_allocated()
     # Reversible, the forward pass fits and the backward pass does not.
-    kept = count_backbone(build(MODELS["rev_vit_s"], scheme), 512, (224, 224), None)
+    meta = build(MODELS["rev_vit_s"], training)
+    kept = count_step(meta, lambda: torch.empty(512, 3, 224, 224), dtype=None)
     limit = allocated + kept.optimizer_state + kept.inputs + (kept.kept + kept.peak) // 2
     with memory_limit(CUDA, limit):
         assert (
@@ -238,9 +224,9 @@ def test_running_out_of_gpu_memory_leaves_a_usable_process(scheme, caplog):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("scheme", [CACHED, REVERSIBLE_KEPT], ids=lambda s: s.name)
-def test_the_largest_batch_under_a_limit_on_a_gpu_is_about_the_counted_one(scheme):
-    case = Case("it", MODELS["rev_vit_s"], scheme, 1, (224, 224), "fp32")
+@pytest.mark.parametrize("training", [CACHED, REVERSIBLE_KEPT])
+def test_the_largest_batch_under_a_limit_on_a_gpu_is_about_the_counted_one(training):
+    case = Case("it", MODELS["rev_vit_s"], training, 1, (224, 224), "fp32")
     limit = 2 * 2**30
     found = Measuring(CUDA, 1, 1, limit).largest_batch(case, limit)
     assert found == pytest.approx(Counting().largest_batch(case, limit), rel=0.15)

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config_files import find_config_file
 from ..devices import cudnn_attention
-from ..engine import load_config
-from .cost import Rates
-from .counting import GIB, MIB, StepCount, count_backbone
-from .detector import DetectorStep, count_detector
-from .measure import BackboneStep, Measurement, largest_batch, measure, memory_limit, unless_out_of_memory
-from .peers import CACHED, DETECTRON2, Model, Scheme, build, has_baselines, stages
-from .report import COUNTED, ESTIMATED, MEASURED, Figure, Row
+from ..engine import Precision, TrainStep, build_detector, build_gradient_clipper, build_optimizer
+from ..memory.cost import Rates
+from ..memory.counting import GIB, MIB, StepCount, count_step
+from ..memory.detector import DetectorStep, count_detector
+from ..memory.measure import (
+    BackboneStep,
+    Measurement,
+    largest_batch,
+    measure,
+    memory_limit,
+    unless_out_of_memory,
+)
+from ..memory.table import COUNTED, ESTIMATED, MEASURED, Figure, Row
+from .models import CACHED, DETECTRON2, TRAININGS, Model, build, has_baselines, stages
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": None}
-# Tensors alive at the peak that a report lists.
+# Tensors alive at the peak that a file lists.
 _LISTED = 12
-# Images in a step; more take too long to count where they are computed in many parts.
-MOST_COUNTED = 1024
+# Images, and pixels of all images in a step; more take too long to count.
+MOST_COUNTED, MOST_PIXELS = 1024, 2**28
 # What Detectron2's own models are called in a config.
 _BASELINES = {"rev_vit": "build_baseline_vit_fpn_backbone", "rev_mvit": "build_baseline_mvit_fpn_backbone"}
 
@@ -37,18 +43,18 @@ class Case:
 
     Attributes:
         title: of the model or config.
-        model: a backbone alone, of `peers.MODELS`; or None for the whole detector of ``cfg``.
-        cfg: with rev_det's keys.
-        scheme: of `peers`.
+        model: a backbone alone, of `MODELS`; or None for the whole detector of ``cfg``.
+        training: of `TRAININGS`.
         batch: images in a step.
         size: (H, W) in pixels.
         dtype: of `DTYPES`.
         depth: blocks, instead of the model's own number.
+        cfg: with rev_det's keys.
     """
 
     title: str
     model: Model | None
-    scheme: Scheme
+    training: str
     batch: int
     size: tuple[int, int]
     dtype: str
@@ -58,46 +64,26 @@ class Case:
     @property
     def labels(self) -> dict[str, str | int]:
         title = self.title
-        if self.scheme == DETECTRON2 and self.model is not None:
+        if self.training == DETECTRON2 and self.model is not None:
             title = title.removeprefix("Rev-")
         return {
             "model": title,
-            "training": self.scheme.name,
+            "training": self.training,
             "depth": self.depth or self._own_depth(),
             "size": f"{self.size[0]}x{self.size[1]}",
             "images": self.batch,
             "type": self.dtype,
         }
 
-    @property
-    def reference(self) -> Case:
-        """What the ratios of this case are to: the same under ordinary autograd."""
-        return replace(self, scheme=CACHED)
+    def row(self) -> Row:
+        """An empty row, whose figures are not of a single number of images."""
+        return Row({name: value for name, value in self.labels.items() if name != "images"})
 
     def _own_depth(self) -> int | str:
         if self.model is not None:
-            return self.model.depth
+            return self.model.arguments["depth"]
         family = reversible_family(self.cfg)
         return self.cfg.MODEL[family.upper()].DEPTH if family else "-"
-
-
-def read_config(config_file: str, opts: Sequence[str], device: str = "cpu") -> CfgNode:
-    """A detector's config without its datasets, which need not be on this machine, and its schedule.
-
-    Args:
-        config_file: a YAML file, ours or any of Detectron2's, or the name of a model in rev_det's zoo.
-        opts: keys and values that override the file's, alternating.
-        device: for ``MODEL.DEVICE``.
-
-    Raises:
-        FileNotFoundError, ValueError: see `rev_det.engine.load_config`.
-    """
-    no_data = ("DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "DATASETS.COCO_JSON", "[]")
-    # The CPU does not train in float16, but what is counted there can be meant for a GPU.
-    # Nobody trains by this schedule: nothing needs to be said about rescaling it.
-    no_schedule = ("SOLVER.REFERENCE_IMS_PER_BATCH", "0")
-    settled = (*no_data, *no_schedule, "MODEL.DEVICE", device, "SOLVER.AMP.DTYPE", "auto")
-    return load_config(find_config_file(config_file), [*opts, *settled])
 
 
 def reversible_family(cfg: CfgNode) -> str | None:
@@ -108,21 +94,39 @@ def reversible_family(cfg: CfgNode) -> str | None:
     return "rev_vit" if "rev_vit" in name or "baseline_vit" in name else None
 
 
-def configured(case: Case, device: str) -> CfgNode:
-    """The config of a detector for a case.
+def detector_step(cfg: CfgNode, batch: int, size: tuple[int, int]) -> DetectorStep:
+    """The step that training with this config takes, on ``MODEL.DEVICE``; see `DetectorStep`."""
+
+    def make_trainer(cfg: CfgNode, batches: Iterable) -> TrainStep:
+        model = build_detector(cfg).train()
+        precision, clip = Precision.from_config(cfg), build_gradient_clipper(cfg)
+        return TrainStep(model, batches, build_optimizer(cfg, model), precision, clip)
+
+    return DetectorStep(cfg, batch, size, make_trainer)
+
+
+def training_step(case: Case, device: str) -> DetectorStep | BackboneStep:
+    """The step of a case, not yet settled.
 
     Raises:
-        ValueError: a scheme or a depth for a backbone that has neither.
+        ValueError: a way of training or a depth for a backbone that has neither.
         ImportError: Detectron2's own model without timm.
     """
+    if case.model is None:
+        return detector_step(_configured(case, device), case.batch, case.size)
+    model = build(case.model, case.training, case.depth, device)
+    return BackboneStep(model, case.batch, case.size, DTYPES[case.dtype])
+
+
+def _configured(case: Case, device: str) -> CfgNode:
     cfg = case.cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = device
     cfg.SOLVER.AMP.ENABLED = case.dtype != "fp32"
     cfg.SOLVER.AMP.DTYPE = "bf16"
-    family = reversible_family(cfg)
+    family, arguments = reversible_family(cfg), TRAININGS[case.training]
     if family is None:
-        if case.depth is not None or case.scheme.arguments:
+        if case.depth is not None or arguments:
             raise ValueError(
                 f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} is not reversible: "
                 "there is no --depth and no --activations to choose"
@@ -132,9 +136,9 @@ def configured(case: Case, device: str) -> CfgNode:
         cfg.MODEL[family.upper()].DEPTH = case.depth
         if family == "rev_mvit":
             cfg.MODEL.REV_MVIT.LAST_BLOCK_INDEXES = stages(case.depth)
-    if case.scheme == DETECTRON2:
+    if case.training == DETECTRON2:
         cfg.MODEL.BACKBONE.NAME = _BASELINES[family]
-    for name, value in (case.scheme.arguments or {}).items():
+    for name, value in arguments.items():
         cfg.MODEL.REV[name.upper()] = value
     return cfg
 
@@ -143,28 +147,29 @@ class Counting:
     """Counts cases; nothing is run on a device.
 
     Args:
-        device_rules, rates: see `rev_det.analysis.counting.Counter`.
+        device_rules, rates: see `rev_det.memory.Counter`.
+        listed: how many of the tensors alive at the peak a row has.
     """
 
     method = COUNTED
 
-    def __init__(self, device_rules: str = "cuda", rates: Rates | None = None):
-        self.device_rules, self.rates = device_rules, rates or Rates()
+    def __init__(self, device_rules: str = "cuda", rates: Rates | None = None, listed: int = _LISTED):
+        self.device_rules, self.rates, self.listed = device_rules, rates or Rates(), listed
 
     def step(self, case: Case) -> Row:
         """Memory and cost of a training step."""
         count = self.count(case)
         row = Row(case.labels)
         row.figures = {
-            "peak memory": self._figure(count.peak / GIB, "GiB"),
-            "in all": self._figure(count.total / GIB, "GiB"),
-            "FLOPs": self._figure(count.flops / 1e12, "TFLOP"),
-            "bytes moved": self._figure(count.cost.bytes_moved / 1e9, "GB"),
-            "launches": self._figure(count.cost.launches, "kernels"),
+            "peak memory": Figure(count.peak / GIB, "GiB", COUNTED),
+            "in all": Figure(count.total / GIB, "GiB", COUNTED),
+            "FLOPs": Figure(count.flops / 1e12, "TFLOP", COUNTED),
+            "bytes moved": Figure(count.cost.bytes_moved / 1e9, "GB", COUNTED),
+            "launches": Figure(count.cost.launches, "kernels", COUNTED),
             "estimated time": Figure(count.cost.seconds * 1e3, "ms", ESTIMATED),
         }
         parts = count.split("backbone" if case.model is None else None)
-        row.split = {name: self._figure(nbytes / GIB, "GiB") for name, nbytes in parts.items()}
+        row.split = {name: Figure(nbytes / GIB, "GiB", COUNTED) for name, nbytes in parts.items()}
         row.at_peak = [
             {
                 "bytes": a.nbytes,
@@ -174,27 +179,29 @@ class Counting:
                 "module": a.module,
                 "for": a.kind,
             }
-            for a in count.at_peak[:_LISTED]
+            for a in count.at_peak[: self.listed]
         ]
         last = count.step
         row.peak = f"reached in {last.operation} of {last.module or 'the model'}, {last.phase} pass"
         return row
 
-    def per_image(self, case: Case, batches: tuple[int, int]) -> dict[str, Figure]:
+    def per_image(self, case: Case) -> dict[str, Figure]:
         """Memory that each further image takes, and the forward pass's FLOPs of one."""
-        low, high = (self.count(replace(case, batch=batch)) for batch in batches)
-        images = batches[1] - batches[0]
+        # Large batches: small ones are dominated by what does not grow with the batch.
+        low, high = (self.count(replace(case, batch=batch)) for batch in (256, 384))
         return {
-            "memory per image": self._figure((high.peak - low.peak) / images / MIB, "MiB"),
+            "memory per image": Figure((high.peak - low.peak) / 128 / MIB, "MiB", COUNTED),
             # As papers count: a multiplication and addition is one.
-            "forward FLOPs": self._figure(low.forward.flops / 2 / batches[0] / 1e9, "GMAC per image"),
+            "forward FLOPs": Figure(low.forward.flops / 2 / 256 / 1e9, "GMAC per image", COUNTED),
         }
 
     def largest_batch(self, case: Case, limit: int) -> int:
         """Images in a step whose whole memory, optimizer state included, is at most ``limit`` bytes.
 
-        Exact up to 1024 images; beyond, the memory of 512 and of 1024 is extended in a straight line.
+        Exact up to what is counted in reasonable time, 1024 images if they are not large; beyond, the memory
+        of that many and of half as many is extended in a straight line.
         """
+        most = max(2, min(MOST_COUNTED, MOST_PIXELS // math.prod(case.size)))
         totals: dict[int, int] = {}
 
         def total(batch: int) -> int:
@@ -210,21 +217,22 @@ class Counting:
         # The peak can move to another operation at larger batches: twice more from there.
         for _ in range(2):
             if guess > 8:
-                high = min(guess, MOST_COUNTED)
+                high = min(guess, most)
                 guess = extended(high // 2, high)
-        if guess > MOST_COUNTED:
+        if guess > most:
             return guess
         return largest_batch(lambda batch: total(batch) <= limit, guess)
 
     def count(self, case: Case) -> StepCount:
-        rules = {"device_rules": self.device_rules, "rates": self.rates}
         if case.model is None:
-            return count_detector(configured(case, "cpu"), case.batch, case.size, **rules)
-        model = build(case.model, case.scheme, case.depth)
-        return count_backbone(model, case.batch, case.size, DTYPES[case.dtype], **rules)
-
-    def _figure(self, value: float, unit: str) -> Figure:
-        return Figure(value, unit, self.method)
+            return count_detector(training_step(case, "cpu"), self.device_rules, self.rates)
+        return count_step(
+            build(case.model, case.training, case.depth),
+            lambda: torch.empty(case.batch, 3, *case.size),
+            dtype=DTYPES[case.dtype],
+            device_rules=self.device_rules,
+            rates=self.rates,
+        )
 
 
 class Measuring:
@@ -257,17 +265,26 @@ class Measuring:
         if result is None:
             row.note = "out of memory"
             return row
-        row.figures = self._figures(result)
+        figures = {
+            "time": (result.median, "s, median"),
+            "lower quartile": (result.low, "s"),
+            "upper quartile": (result.high, "s"),
+            "mean": (result.mean, "s"),
+            "warm-up": (result.warm_up, "s"),
+            "throughput": (result.images_per_second, "images/s"),
+        }
+        if result.peak is not None:
+            figures["peak memory"] = (result.peak / GIB, "GiB")
+            figures["allocated"] = (result.allocated / GIB, "GiB, max_memory_allocated")
+        row.figures = {name: Figure(*figure, MEASURED) for name, figure in figures.items()}
         return row
 
-    def per_image(self, case: Case, batches: tuple[int, int]) -> dict[str, Figure]:
+    def per_image(self, case: Case) -> dict[str, Figure]:
         """Memory that each further image takes; nothing on the CPU, or if it does not fit."""
-        low, high = (self.try_measure(replace(case, batch=batch), 1, 2) for batch in batches)
+        low, high = (self.try_measure(replace(case, batch=batch), 1, 2) for batch in (16, 24))
         if low is None or high is None or high.peak is None:
             return {}
-        return {
-            "memory per image": self._figure((high.peak - low.peak) / (batches[1] - batches[0]) / MIB, "MiB")
-        }
+        return {"memory per image": Figure((high.peak - low.peak) / 8 / MIB, "MiB", MEASURED)}
 
     def largest_batch(self, case: Case, limit: int | None) -> int:
         """Images in a step that fit, found by trying two steps each."""
@@ -275,44 +292,22 @@ class Measuring:
 
     def try_measure(self, case: Case, warm_up: int, steps: int) -> Measurement | None:
         """The measurement, or None if the memory does not suffice."""
-        what = f"{case.title}, {case.scheme.name}, {case.batch} images of {case.size[0]}x{case.size[1]}"
+
+        def attempt() -> Measurement:
+            step = training_step(case, str(self.device))
+            return measure(step, case.batch, self.device, warm_up, steps, self.progress)
+
+        what = f"{case.title}, {case.training}, {case.batch} images of {case.size[0]}x{case.size[1]}"
         # As training does it, unless a config says otherwise.
         allowed = case.cfg is not None and case.cfg.MODEL.REV.CUDNN_ATTENTION
         with memory_limit(self.device, self.limit), cudnn_attention(allowed):
-            return unless_out_of_memory(lambda: self._measure(case, warm_up, steps), what)
-
-    def _measure(self, case: Case, warm_up: int, steps: int) -> Measurement:
-        if case.model is None:
-            step = DetectorStep(configured(case, str(self.device)), case.batch, case.size)
-            prepare, release = step.settle, step.optimizer.zero_grad
-        else:
-            model = build(case.model, case.scheme, case.depth, str(self.device))
-            step = BackboneStep(model, case.batch, case.size, DTYPES[case.dtype])
-            prepare, release = step.release, step.release
-        return measure(step.run, release, case.batch, self.device, warm_up, steps, prepare, self.progress)
-
-    def _figures(self, result: Measurement) -> dict[str, Figure]:
-        figures = {
-            "time": self._figure(result.median, "s, median"),
-            "lower quartile": self._figure(result.low, "s"),
-            "upper quartile": self._figure(result.high, "s"),
-            "mean": self._figure(result.mean, "s"),
-            "warm-up": self._figure(result.warm_up, "s"),
-            "throughput": self._figure(result.images_per_second, "images/s"),
-        }
-        if result.peak is not None:
-            figures["peak memory"] = self._figure(result.peak / GIB, "GiB")
-            figures["allocated"] = self._figure(result.allocated / GIB, "GiB, max_memory_allocated")
-        return figures
-
-    def _figure(self, value: float, unit: str) -> Figure:
-        return Figure(value, unit, self.method)
+            return unless_out_of_memory(attempt, what)
 
 
 def run_cases(
-    cases: Sequence[Case], runner: Counting | Measuring, done: Callable[[], Any] = lambda: None
+    cases: Sequence[Case], make_row: Callable[[Case], Row], done: Callable[[], Any] = lambda: None
 ) -> list[Row]:
-    """A row of figures for each case, with ratios to the case under ordinary autograd if that is among them.
+    """A row of figures for each case; those of one step with ratios to the same under ordinary autograd.
 
     Args:
         cases: without those of Detectron2's own models where they cannot be built.
@@ -320,31 +315,27 @@ def run_cases(
     """
     rows = []
     for case in cases:
-        rows.append(runner.step(case))
+        rows.append(make_row(case))
         done()
-    by_case = {_key(case): row for case, row in zip(cases, rows, strict=True)}
     for case, row in zip(cases, rows, strict=True):
-        reference = by_case.get(_key(case.reference))
-        if reference is None or reference is row:
+        ordinary = replace(case, training=CACHED)
+        if case == ordinary or ordinary not in cases or "images" not in row.labels:
             continue
+        reference = rows[cases.index(ordinary)].figures
         for name in ("peak memory", "FLOPs", "estimated time", "time"):
-            if name in row.figures and name in reference.figures:
+            if name in row.figures and name in reference:
                 figure = row.figures[name]
-                ratio = figure.value / reference.figures[name].value
+                ratio = figure.value / reference[name].value
                 row.figures[f"{name}, relative"] = Figure(ratio, "x cached", figure.method)
     return rows
 
 
 def without_baselines(cases: Sequence[Case]) -> tuple[list[Case], str]:
     """The cases that can be built here, and a line about those that cannot."""
-    if has_baselines() or not any(case.scheme == DETECTRON2 for case in cases):
+    left = [case for case in cases if case.training != DETECTRON2]
+    if has_baselines() or len(left) == len(cases):
         return list(cases), ""
-    left = [case for case in cases if case.scheme != DETECTRON2]
     return (
         left,
         "Detectron2's own ViT and MViT are left out: they need timm (pip install 'rev_det[baselines]')",
     )
-
-
-def _key(case: Case) -> tuple:
-    return case.title, case.scheme.name, case.batch, case.size, case.dtype, case.depth

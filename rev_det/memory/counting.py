@@ -2,21 +2,22 @@
 
 A `Counter` watches every operation: it adds the bytes of each new storage, takes them off when the storage
 dies, and adds up what the operations cost. On fake tensors (shapes without values) this costs neither the
-memory nor the time of the step, so `count_backbone` counts any size on any computer. (torch's own
+memory nor the time of the step, so `count_step` counts any size on any computer. (torch's own
 ``FlopCounterMode`` and ``MemTracker`` follow modules through the backward pass with hooks that fail inside
 nested autograd graphs.)
 
 The tensors are the CPU's, but autocast follows CUDA's rules, and the larger workspaces of CUDA's kernels are
-added (`rev_det.analysis.cost.workspace`). What the count does not see are those of cuBLAS and cuDNN, and what
+added (`rev_det.memory.cost.workspace`). What the count does not see are those of cuBLAS and cuDNN, and what
 the allocator loses by rounding.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,13 +103,6 @@ class StepCount:
         """Bytes at the peak with everything that exists besides."""
         return self.peak + self.weights + self.optimizer_state + self.inputs
 
-    def by_kind(self) -> dict[str, int]:
-        """Bytes of the peak by what they are for."""
-        sums = dict.fromkeys((GRADIENTS, OUTPUTS, KEPT, WORKING), 0)
-        for allocation in self.at_peak:
-            sums[allocation.kind] += allocation.nbytes
-        return sums
-
     def split(self, backbone: str | None = None) -> dict[str, int]:
         """Bytes of `total` but for the inputs, by what they are for and whose they are.
 
@@ -126,15 +120,6 @@ class StepCount:
                 name = f"{BACKBONE if inside else REST}: {name}"
             sums[name] += allocation.nbytes
         return {WEIGHTS: self.weights, OPTIMIZER: self.optimizer_state} | sums
-
-    def by_module(self, depth: int = 1) -> dict[str, int]:
-        """Bytes of the peak, without gradients, by the first ``depth`` parts of module names."""
-        sums: dict[str, int] = {}
-        for allocation in self.at_peak:
-            if allocation.kind != GRADIENTS:
-                name = ".".join(allocation.module.split(".")[:depth]) or "(model)"
-                sums[name] = sums.get(name, 0) + allocation.nbytes
-        return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
 class Counter(TorchDispatchMode):
@@ -315,41 +300,51 @@ class Counter(TorchDispatchMode):
             nodes.extend(following for following, _ in node.next_functions)
 
 
-def count_backbone(
+def sum_of_means(outputs: Any) -> Tensor:
+    """A loss for any model: the sum of the means of the tensors it returns."""
+    return sum(y.mean() for y in _tensors(outputs))
+
+
+def count_step(
     model: nn.Module,
-    batch: int,
-    size: tuple[int, int],
+    make_inputs: Callable[[], Any],
+    loss: Callable[[Any], Tensor] = sum_of_means,
     dtype: torch.dtype | None = torch.bfloat16,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] = torch.optim.AdamW,
     device_rules: str = "cuda",
     rates: Rates | None = None,
 ) -> StepCount:
-    """Count a training step of a backbone alone; the loss is the sum of the means of its feature maps.
+    """Count the forward and backward pass of any model on fake tensors: no memory, no arithmetic.
+
+    For instance ``count_step(resnet50(), lambda: torch.empty(8, 3, 224, 224)).peak``. A model that decides
+    by values, as detectors do, needs real tensors: see `Counter` and `rev_det.memory.skipping`.
 
     Args:
-        model: maps images (B, 3, H, W) to a dictionary of feature maps. Its weights are replaced with fake
-            tensors, so it is of no further use; it may have been built on the "meta" device.
-        batch: B.
-        size: (H, W) in pixels.
+        model: in the mode it is to be counted in. Its weights are replaced with fake tensors, so it is of no
+            further use; it may have been built on the "meta" device.
+        make_inputs: makes the inputs, on the CPU; a tuple is passed as several arguments.
+        loss: makes a scalar of what the model returns.
         dtype: what autocast computes in; None for float32 without autocast.
+        optimizer: made of the trainable parameters. Its state is counted; its step is not.
         device_rules, rates: see `Counter`.
 
     Returns:
-        the count; ``optimizer_state`` is AdamW's.
+        the count; the tensors that the model returned are its outputs.
     """
     with FakeTensorMode():
         _replace_with_fakes(model)
-        images = torch.empty(batch, 3, *size)
-        with Counter(model, None, [images], device_rules, rates) as counter:
+        inputs = make_inputs()
+        with Counter(model, None, _tensors(inputs), device_rules, rates) as counter:
             with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-                outputs = model(images)
-                counter.outputs(outputs.values())
-                loss = sum(y.mean() for y in outputs.values())
+                outputs = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+                counter.outputs(_tensors(outputs))
+                value = loss(outputs)
             del outputs
-            loss.backward()
+            value.backward()
         count = counter.result()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        optimizer.step()
-        return replace(count, optimizer_state=sum(x.nbytes for x in _optimizer_tensors(optimizer)))
+        updater = optimizer([p for p in model.parameters() if p.requires_grad])
+        updater.step()
+        return replace(count, optimizer_state=sum(x.nbytes for x in _optimizer_tensors(updater)))
 
 
 def _as_kernels_take(func, args):

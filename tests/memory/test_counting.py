@@ -10,19 +10,18 @@ from packaging.version import Version
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from rev_det.analysis.counting import (
+from rev_det.memory.counting import (
     GRADIENTS,
     INPUTS,
-    KEPT,
     OPTIMIZER,
     OUTPUTS,
     WEIGHTS,
     WORKING,
     Counter,
-    count_backbone,
+    count_step,
 )
-from rev_det.analysis.measure import BackboneStep
-from rev_det.analysis.phantom import SkipArithmetic
+from rev_det.memory.measure import BackboneStep
+from rev_det.memory.skipping import SkipArithmetic
 from rev_det.modeling import RevMViT, RevViT
 from rev_det.modeling.reversible import ACTIVATIONS
 
@@ -86,15 +85,8 @@ class TwoLinear(nn.Module):
         return self.second(self.first(x).relu())
 
 
-def count_two_linear():
-    model = TwoLinear()
-    x = torch.zeros(4, 10)
-    with Counter(model, inputs=[x]) as c:
-        y = model(x)
-        c.outputs([y])
-        loss = y.sum()
-        loss.backward()
-        return c.result()
+def count_two_linear(model=None):
+    return count_step(model or TwoLinear(), lambda: torch.empty(4, 10), torch.sum, dtype=None)
 
 
 def test_a_training_step_worked_out_by_hand():
@@ -104,27 +96,50 @@ def test_a_training_step_worked_out_by_hand():
     assert count.flops == 2 * (800 + 400) + 2 * (400 + 400 + 800)
     assert count.weights == 4 * (200 + 100)
     assert count.inputs == 4 * 40
-    # Between the passes: relu's result (which relu and the second layer share), y, the loss and its
-    # gradient of 1.
-    assert count.kept == 4 * (80 + 20 + 1 + 1)
-    # At the last product: both weights' gradients, that of the first layer's result, y, the loss and its
+    # Two averages of the weights, and a step number for each of the two.
+    assert count.optimizer_state == 2 * count.weights + 2 * 4
+    # Between the passes: relu's result (which relu and the second layer share), the loss and its gradient of
+    # 1. A sum does without its input.
+    assert count.kept == 4 * (80 + 1 + 1)
+    # At the last product: both weights' gradients, that of the first layer's result, the loss and its
     # gradient; relu's result is gone.
-    assert count.peak == 4 * (100 + 200 + 80 + 20 + 1 + 1)
-    assert count.by_kind() == {GRADIENTS: 4 * 300, OUTPUTS: 4 * 20, KEPT: 4 * 2, WORKING: 4 * 80}
-    assert count.total == count.peak + count.weights + count.inputs
+    assert count.peak == 4 * (100 + 200 + 80 + 1 + 1)
+    assert count.total == count.peak + count.weights + count.optimizer_state + count.inputs
     assert (count.step.operation, count.step.shape) == ("aten.mm.default", (20, 10))
-
-
-def test_the_peak_is_split_by_what_it_is_for_and_whose_it_is():
-    count = count_two_linear()
-    before = {WEIGHTS: 4 * 300, OPTIMIZER: 0}
-    common = {GRADIENTS: 4 * 300, OUTPUTS: 4 * 20}
-    kept, working = f"backbone: {KEPT}", f"backbone: {WORKING}"
-    assert count.split() == before | common | {kept: 4 * 2, working: 4 * 80}
+    before = {WEIGHTS: 4 * 300, OPTIMIZER: count.optimizer_state}
+    common = {GRADIENTS: 4 * 300, OUTPUTS: 0}
+    ours = {"backbone: kept for backward": 8, "backbone: working memory": 320}
+    assert count.split() == before | common | ours
     # The gradient of the first layer's result is made by the second, the loss and its gradient by neither.
-    parts = {kept: 0, working: 0, f"heads: {KEPT}": 4 * 2, f"heads: {WORKING}": 4 * 80}
-    assert count.split("first") == before | common | parts
-    assert sum(count.split("first").values()) == count.total - count.inputs
+    parts = {"heads: kept for backward": 8, "heads: working memory": 320}
+    ours = {"backbone: kept for backward": 0, "backbone: working memory": 0}
+    assert count.split("first") == before | common | ours | parts
+    modules = {a.shape: (a.module, a.phase) for a in count.at_peak}
+    assert modules[20, 10] == ("first", "backward")
+    assert modules[5, 20] == ("second", "backward")
+    assert modules[()][0] == ""
+
+
+def test_any_model_loss_and_optimizer_are_counted():
+    class Siamese(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(10, 20, bias=False)
+
+        def forward(self, x, y):
+            return {"one": self.linear(x), "other": [self.linear(y)]}
+
+    def inputs():
+        return torch.empty(4, 10), torch.empty(8, 10)
+
+    count = count_step(Siamese(), inputs, optimizer=lambda p: torch.optim.SGD(p, 0.1), dtype=None)
+    assert count.inputs == 4 * (40 + 80)
+    assert count.flops == 2 * (2 * (800 + 1600))  # forward, and the gradients of the weight
+    assert count.optimizer_state == 0
+    half = count_step(Siamese(), inputs, lambda y: y["one"].square().sum(), dtype=None)
+    assert half.flops == 2 * (800 + 1600 + 800)
+    # The square keeps it until the gradient of the weight is there.
+    assert half.split()[OUTPUTS] == 4 * 80
 
 
 def test_what_the_forward_pass_lets_go_of_is_working_memory():
@@ -140,7 +155,7 @@ def test_what_the_forward_pass_lets_go_of_is_working_memory():
         y.sum().backward()
         count = c.result()
     assert count.step.operation == "aten.cat.default"
-    assert count.by_kind() == {GRADIENTS: 0, OUTPUTS: 0, KEPT: 0, WORKING: 8 * KB}
+    assert [(a.nbytes, a.kind) for a in count.at_peak] == [(8 * KB, WORKING)]
 
 
 def test_nothing_holds_the_model_when_the_count_is_done():
@@ -156,31 +171,17 @@ def test_nothing_holds_the_model_when_the_count_is_done():
     assert [reference() for reference in references] == [None, None]
 
 
-def test_operations_of_both_passes_are_traced_to_their_modules():
-    count = count_two_linear()
-    modules = {a.shape: (a.module, a.phase) for a in count.at_peak}
-    assert modules[20, 10] == ("first", "backward")
-    assert modules[5, 20] == ("second", "backward")
-    assert modules[4, 5] == ("second", "forward")
-
-
 def test_modules_are_told_apart_when_they_are_recomputed():
     class Recomputed(TwoLinear):
         def forward(self, x):
             # torch stops this recomputation with an exception, inside the second layer.
             return checkpoint(super().forward, x, use_reentrant=False)
 
-    model = Recomputed()
-    with Counter(model) as c:
-        model(torch.zeros(4, 10)).sum().backward()
-        count = c.result()
-    assert {a.shape: a.module for a in count.at_peak if a.kind == GRADIENTS} == {
-        (20, 10): "first",
-        (5, 20): "second",
-    }
+    count = count_two_linear(Recomputed())
+    gradients = {a.shape: a.module for a in count.at_peak if a.kind == GRADIENTS}
+    assert gradients == {(20, 10): "first", (5, 20): "second"}
     # The first product is made twice, the second one not.
     assert count.flops == count_two_linear().flops + 2 * 800
-    assert c._stack == []
 
 
 def test_gradients_of_the_step_before_count_until_they_are_dropped():
@@ -205,7 +206,8 @@ def test_gradients_of_the_step_before_count_until_they_are_dropped():
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 @FAMILIES
 def test_fake_tensors_are_counted_as_real_ones(cls, activations, dtype):
-    fake = count_backbone(cls(**NANO[cls], activations=activations), 2, (64, 96), dtype)
+    model = cls(**NANO[cls], activations=activations)
+    fake = count_step(model, lambda: torch.empty(2, 3, 64, 96), dtype=dtype)
     step = BackboneStep(cls(**NANO[cls], activations=activations), 2, (64, 96), dtype)
     step.run()
     step.release()
@@ -222,7 +224,7 @@ def test_fake_tensors_are_counted_as_real_ones(cls, activations, dtype):
 
 @FAMILIES
 def test_skipping_arithmetic_leaves_the_count_unchanged(cls, monkeypatch):
-    monkeypatch.setattr("rev_det.analysis.phantom._LARGE", 1)
+    monkeypatch.setattr("rev_det.memory.skipping._LARGE", 1)
     counts = []
     for skip in (False, True):
         step = BackboneStep(cls(**NANO[cls]), 2, (64, 96), torch.bfloat16)
@@ -236,7 +238,7 @@ def test_skipping_arithmetic_leaves_the_count_unchanged(cls, monkeypatch):
         assert skipped.peak == pytest.approx(real.peak, rel=0.03)
         return
     assert skipped.peak == real.peak
-    assert skipped.by_kind() == real.by_kind()
+    assert skipped.split() == real.split()
 
 
 def test_skipped_arithmetic_gives_zeros_of_the_same_form():

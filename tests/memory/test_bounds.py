@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rev_det.analysis.counting import GIB, MIB, count_backbone
-from rev_det.analysis.peers import (
+from rev_det.comparison.models import (
     CACHED,
     CHECKPOINT_KEPT,
     DETECTRON2,
@@ -17,48 +16,43 @@ from rev_det.analysis.peers import (
     build,
     has_baselines,
 )
+from rev_det.memory.counting import GIB, MIB, count_step
 
 MVIT = MODELS["rev_mvit_b"]
 DEPTHS = pytest.mark.parametrize("depth", [16, 24])
 
 
+def count(model, batch, size, dtype=None):
+    return count_step(model, lambda: torch.empty(batch, 3, *size), dtype=dtype)
+
+
 @cache
-def mvit(scheme_name, depth):
+def mvit(training, depth):
     """Rev-MViT-B, 2 images of 800x1344, bfloat16 autocast."""
-    scheme = {s.name: s for s in (CACHED, CHECKPOINT_KEPT, REVERSIBLE_KEPT)}[scheme_name]
-    return count_backbone(build(MVIT, scheme, depth), 2, (800, 1344))
+    return count(build(MVIT, training, depth), 2, (800, 1344), torch.bfloat16)
 
 
-def per_image(make, batches, dtype=None):
-    """MiB that each further image of 224x224 takes."""
-    low, high = (count_backbone(make(), batch, (224, 224), dtype).peak for batch in batches)
+def per_image(make, batches):
+    """MiB that each further image of 224x224 takes, in float32."""
+    low, high = (count(make(), batch, (224, 224)).peak for batch in batches)
     return (high - low) / (batches[1] - batches[0]) / MIB
 
 
 @pytest.mark.parametrize("depth, bound", [(16, 1.15), (24, 1.27)])
 def test_memory_of_rev_mvit_b_at_detection_size(depth, bound):
-    assert mvit(REVERSIBLE_KEPT.name, depth).peak / GIB <= bound  # 1.01 and 1.11 when this was written
+    assert mvit(REVERSIBLE_KEPT, depth).peak / GIB <= bound  # 1.01 and 1.11 when this was written
 
 
 @DEPTHS
-def test_flops_of_rev_mvit_b_are_within_8_percent_of_ordinary_training(depth):
-    ratio = mvit(REVERSIBLE_KEPT.name, depth).flops / mvit(CACHED.name, depth).flops
-    assert 1 < ratio <= 1.08  # 1.061 and 1.065
-
-
-@DEPTHS
-def test_rev_mvit_b_needs_less_than_checkpointing_with_kept_attention(depth):
-    ratio = mvit(REVERSIBLE_KEPT.name, depth).peak / mvit(CHECKPOINT_KEPT.name, depth).peak
-    assert ratio <= 0.95  # 0.82 and 0.70
-
-
-@DEPTHS
-def test_rev_mvit_b_needs_a_fraction_of_ordinary_training(depth):
-    assert mvit(REVERSIBLE_KEPT.name, depth).peak <= 0.3 * mvit(CACHED.name, depth).peak  # 0.238 and 0.192
+def test_rev_mvit_b_beside_its_peers(depth):
+    ours, checkpoint, cached = (mvit(t, depth) for t in (REVERSIBLE_KEPT, CHECKPOINT_KEPT, CACHED))
+    assert 1 < ours.flops / cached.flops <= 1.08  # 1.061 and 1.065
+    assert ours.peak <= 0.95 * checkpoint.peak  # 0.82 and 0.70
+    assert ours.peak <= 0.3 * cached.peak  # 0.238 and 0.192
 
 
 def test_further_blocks_of_rev_mvit_b_keep_their_attention_and_nothing_else():
-    shallow, deep = (mvit(REVERSIBLE_KEPT.name, depth) for depth in (16, 24))
+    shallow, deep = (mvit(REVERSIBLE_KEPT, depth) for depth in (16, 24))
     # Depth 24 has one more block in every stage, and five in the third; tokens and width of the stages:
     sizes = {1: (67200, 96), 2: (16800, 192), 3: (4200, 384), 4: (1050, 768)}
     blocks, heads = {1: 1, 2: 1, 3: 5, 4: 1}, {1: 1, 2: 2, 3: 4, 4: 8}
@@ -73,10 +67,7 @@ def test_further_blocks_of_rev_mvit_b_keep_their_attention_and_nothing_else():
 
 
 def test_further_blocks_of_rev_vit_without_kept_attention_add_nothing_but_gradients():
-    counts = [
-        count_backbone(build(MODELS["rev_vit_b"], REVERSIBLE, depth), 32, (224, 224), None)
-        for depth in (4, 8)
-    ]
+    counts = [count(build(MODELS["rev_vit_b"], REVERSIBLE, depth), 32, (224, 224)) for depth in (4, 8)]
     grown = counts[1].peak - counts[0].peak
     assert grown <= counts[1].weights - counts[0].weights
     # 4 blocks' streams alone would be 32 x 196 x 768 x 4 bytes each.
@@ -143,8 +134,7 @@ def test_ordinary_vit_is_counted_as_the_paper_measured_it(name, published):
 @pytest.mark.skipif(not has_baselines(), reason="needs timm")
 def test_detectron2s_vit_is_a_peer():
     ours, theirs = (
-        count_backbone(build(MODELS["rev_vit_s"], scheme), 16, (224, 224), None)
-        for scheme in (CACHED, DETECTRON2)
+        count(build(MODELS["rev_vit_s"], training), 16, (224, 224)) for training in (CACHED, DETECTRON2)
     )
     # Weights differ in the norm of ours over both streams, and theirs has none.
     assert theirs.weights == ours.weights - 4 * 4 * 384

@@ -7,11 +7,11 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rev_det.analysis.autocast import cuda_rules
-from rev_det.analysis.cost import Cost, Rates, operator_cost, workspace
-from rev_det.analysis.counting import MIB, Counter, count_backbone
-from rev_det.analysis.measure import BackboneStep
-from rev_det.analysis.phantom import SkipArithmetic
+from rev_det.memory.autocast import cuda_rules
+from rev_det.memory.cost import Cost, Rates, operator_cost, workspace
+from rev_det.memory.counting import MIB, Counter, count_step
+from rev_det.memory.measure import BackboneStep
+from rev_det.memory.skipping import SkipArithmetic
 from rev_det.modeling import RevMViT
 
 aten = torch.ops.aten
@@ -124,7 +124,7 @@ def test_rules_hold_in_the_backward_pass_and_what_it_recomputes(activations, ski
                 with SkipArithmetic(model), Counter(model, device_rules=rules):
                     step.run()
             else:
-                count_backbone(model, 1, (64, 64), torch.bfloat16, rules)
+                count_step(model, lambda: torch.empty(1, 3, 64, 64), device_rules=rules)
         return [given[0] for name, _, given in mode.calls if name == "aten.native_layer_norm.default"]
 
     assert set(norms("cuda")) == {torch.float32}
@@ -155,6 +155,14 @@ def test_views_and_empty_tensors_cost_nothing_and_expanded_dimensions_once():
     x = torch.zeros(4, 6)
     assert cost_of(aten.t.default, x) == cost_of(aten.empty_like.default, x) == Cost()
     assert cost_of(aten.neg.default, x[:1].expand(4, 6)).bytes_moved == 4 * 6 + 4 * 24
+
+
+def test_what_is_only_written_is_moved_once():
+    x, y = torch.zeros(4, 6), torch.zeros(4, 6)
+    assert cost_of(aten.copy_.default, x, y).bytes_moved == 2 * x.nbytes
+    assert cost_of(aten.zero_.default, x).bytes_moved == x.nbytes
+    assert cost_of(aten.add.out, x, y, out=torch.zeros(4, 6)).bytes_moved == 3 * x.nbytes
+    assert cost_of(aten.add_.Tensor, x, y).bytes_moved == 3 * x.nbytes  # which reads it
 
 
 def test_depthwise_convolutions_are_bound_by_their_own_bandwidth():
@@ -226,7 +234,7 @@ def test_other_rates_change_the_seconds_alone():
     def count(rates):
         with torch.device("meta"):
             model = RevMViT(embed_dim=16, depth=9, last_block_indexes=(0, 2, 6, 8), pretrain_img_size=64)
-        return count_backbone(model, 1, (64, 64), rates=rates)
+        return count_step(model, lambda: torch.empty(1, 3, 64, 64), rates=rates)
 
     usual, slow = count(None), count(Rates(launch=1.0))
     assert (slow.peak, slow.flops, slow.cost.bytes_moved) == (usual.peak, usual.flops, usual.cost.bytes_moved)
