@@ -21,7 +21,7 @@ for module, name in (("torch", "PyTorch"), ("detectron2", "Detectron2")):
 # training on the CPU several times slower as soon as another program wants one of the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from rev_det.advice import hide_advice  # noqa: E402
+from rev_det.warning_filters import hide_advice  # noqa: E402
 
 hide_advice()
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -50,8 +51,15 @@ class UnwritableError(OSError):
 
 
 def part_path(path: str) -> str:
-    """The name of a file that is not complete yet; its ending, which decides the format, is the same."""
-    return os.path.join(os.path.dirname(path), f".part-{os.path.basename(path)}")
+    """The name of a file that is not complete yet; its ending, which decides the format, is the same.
+
+    It is short, as that of the file may be as long as the file system allows.
+    """
+    folder, name = os.path.split(path)
+    suffix = os.path.splitext(name)[1]
+    return os.path.join(
+        folder, f".part-{zlib.crc32(os.fsencode(name)):08x}{suffix if len(suffix) < 16 else ''}"
+    )
 
 
 @contextlib.contextmanager
@@ -75,35 +83,24 @@ def whole_file(path: str) -> Iterator[str]:
 
 
 def write_whole(path: str, write: Callable[[str], Any]) -> None:
-    """Write a file beside its place and move it there when it is complete.
-
-    Args:
-        write: writes the file whose name it is given.
-
-    Raises:
-        UnwritableError: it cannot be written.
-    """
+    """`whole_file`, for a function that writes the file whose name it is given."""
     with whole_file(path) as part:
         write(part)
 
 
 def write_text(path: str, text: str) -> None:
-    """Write text as `write_whole` does, and see that it is on the disk.
-
-    Raises:
-        UnwritableError: it cannot be written.
-    """
-    with whole_file(path) as part, open(part, "w", encoding="utf-8") as file:
+    """Write text as `whole_file` does, and see that it is on the disk."""
+    # Names of files may have bytes that are not UTF-8; written so, JSON and YAML read them as they were.
+    with whole_file(path) as part, open(part, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
 def write_json(path: str, content: Any, indent: int | None = 1) -> None:
-    """Write JSON as `write_whole` does.
+    """Write JSON as `write_text` does.
 
     Raises:
-        UnwritableError: it cannot be written.
         ValueError: a number is infinite or NaN, which JSON has not.
     """
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False))

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config_files import find_config_file
 from ..devices import cudnn_attention
 from ..engine import load_config
+from ..model_zoo import find_config_file
 from .cost import Rates
 from .counting import GIB, MIB, StepCount, count_backbone
 from .detector import DetectorStep, count_detector

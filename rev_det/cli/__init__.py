@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__, modeling
-from ..advice import hide_advice
-from ..checks import is_out_of_memory
+from ..devices import is_out_of_memory
+from ..warning_filters import hide_advice
 
 # Each module has SUMMARY (one line of help), add_arguments(parser) and run(args) -> exit code. What they need
 # they import in `run`: `rev-det --help` is quick, and `rev-det doctor` works where something is missing.

@@ -19,11 +19,11 @@ from ..checkpoint import RevCheckpointer
 from ..checkpoint.checkpointer import last_checkpoint
 from ..checkpoint.named import PUBLISHED
 from ..checkpoint.origin import classes_of_origin
-from ..checks import is_out_of_memory
-from ..config_files import find_config_file, read_config_file
+from ..config_files import read_config_file
 from ..data.images import check_extent
-from ..devices import check_device, device_settings
+from ..devices import check_device, device_settings, is_out_of_memory
 from ..engine import Precision, build_detector
+from ..model_zoo import find_config_file
 from .classes import Classes, classes_from_json, classes_of_config, files_of_config, training_folder
 
 if TYPE_CHECKING:

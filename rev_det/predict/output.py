@@ -19,8 +19,8 @@ from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
-from ..checks import is_whole
 from ..files import part_path, read_json, whole_file, write_json, write_whole
+from ..rules import is_whole
 from .classes import Classes
 from .inputs import Frame, Source
 

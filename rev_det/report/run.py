@@ -11,10 +11,10 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from ..checks import is_finite
 from ..config_files import default_config, load_yaml
 from ..engine.metrics import read_metrics
 from ..files import read_json
+from ..rules import is_finite
 from .log import Log
 
 _CONFIG = "config.yaml"

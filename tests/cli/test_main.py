@@ -12,8 +12,8 @@ import pytest
 
 import rev_det
 from rev_det import cli
-from rev_det.advice import hide_advice
 from rev_det.cli import COMMANDS, main
+from rev_det.warning_filters import hide_advice
 
 SETUP = Path(__file__).resolve().parents[2] / "setup.py"
 

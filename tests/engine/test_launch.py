@@ -13,8 +13,8 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 
-from rev_det.engine import launch, main
-from rev_det.engine.launch import error_line
+from rev_det.engine import main, processes
+from rev_det.engine.processes import error_line
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -107,16 +107,17 @@ def test_without_torch_the_program_names_the_way_out_in_one_line():
 
 
 def test_a_launched_process_leaves_out_advice_too(monkeypatch):
-    monkeypatch.setattr(launch, "leave_interrupts_to_parent", lambda: None)
+    monkeypatch.setattr(processes, "leave_interrupts_to_parent", lambda: None)
     warn = functools.partial(warnings.warn, stacklevel=2)
-    monkeypatch.setattr(launch, "join_processes", lambda *_: warn("torch.meshgrid: in an upcoming release"))
-    monkeypatch.setattr(launch, "run", lambda *_: warn("something to know"))
-    monkeypatch.setattr(launch.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(
+        processes, "_join_processes", lambda *_: warn("torch.meshgrid: in an upcoming release")
+    )
+    monkeypatch.setattr(processes.dist, "destroy_process_group", lambda: None)
     cfg = get_cfg()
     cfg.MODEL.DEVICE = "cuda"
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
-        launch._run_process(0, cfg, None, None)
+        processes._run_process(0, lambda *_: warn("something to know"), cfg, None, None)
     assert [str(warning.message) for warning in shown] == ["something to know"]
 
 
