@@ -62,7 +62,8 @@ def get_config_file(name: str) -> str:
         spellings = sorted({spelling for full in names for spelling in _spellings(full)})
         with_it = [Path(full).stem for full in names if name and name.lower() in full.lower()]
         close = difflib.get_close_matches(name, spellings, n=3) or with_it[:3]
-        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(names)}"
+        every = ", ".join(Path(full).stem for full in names)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {every}"
         raise ValueError(f"there is no model {name!r} in rev_det's zoo; {hint}")
     return str(_config_root() / found[0])
 

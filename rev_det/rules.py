@@ -52,7 +52,7 @@ def all_are(rule: Rule, number: int | None = None, words: str = "") -> Rule:
         is_sequence = isinstance(values, Sequence) and not isinstance(values, str)
         return is_sequence and len(values) == (number or max(len(values), 1)) and all(map(rule.holds, values))
 
-    return Rule(words or f"{number or 'a list'}, each {rule.words}", holds)
+    return Rule(words or f"a list, each of it {rule.words}", holds)
 
 
 def check(name: str, value: Any, rule: Rule) -> None:
@@ -95,7 +95,7 @@ NOT_NEGATIVE = Rule("a number of at least 0", lambda value: is_finite(value) and
 FRACTION = Rule("a number from 0 to 1", lambda value: is_finite(value) and 0 <= value <= 1)
 BELOW_1 = Rule("a number of at least 0 and below 1", lambda value: is_finite(value) and 0 <= value < 1)
 _SHORT_SIDE = Rule(
-    f"short sides in pixels, from 2 to {MAX_SQUARE}, or 0 for no resize",
+    f"a short side in pixels, from 2 to {MAX_SQUARE}, or 0 for no resize",
     lambda value: is_whole(value) and (value == 0 or 2 <= value <= MAX_SQUARE),
 )
 _SHORT_SIDES = all_are(_SHORT_SIDE)

@@ -99,6 +99,12 @@ def _check_processes(cfg: CfgNode, args: argparse.Namespace) -> None:
 def _check_output(cfg: CfgNode) -> None:
     if not cfg.OUTPUT_DIR:
         raise ValueError("OUTPUT_DIR is empty; name a folder, which will be made")
+    try:
+        cfg.OUTPUT_DIR.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"OUTPUT_DIR is {cfg.OUTPUT_DIR!r}: tensorboard writes only to folders whose names are UTF-8"
+        ) from None
     # The folders that are missing will be made in it.
     there = os.path.abspath(cfg.OUTPUT_DIR)
     while not os.path.lexists(there):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from detectron2.data import detection_utils as utils
-from detectron2.engine import HookBase
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.utils import comm
 
 from ..checkpoint.origin import versions
@@ -61,38 +61,18 @@ class Progress(HookBase):
             storage.put_scalar("[metric]images_per_s", rate)
 
 
-class Predictions(HookBase):
-    """Draws predictions beside the ground truth of the first test set after each evaluation.
+def show_predictions(trainer: DefaultTrainer) -> None:
+    """Draw predictions beside the ground truth of the first test set.
 
-    They are written to ``predictions.png`` in ``OUTPUT_DIR``, and to tensorboard. To be registered on the
-    first process, before the hook that writes there.
-
-    Args:
-        period: as that of the evaluation; 0 for the end of training alone.
+    They are written to ``predictions.png`` in ``OUTPUT_DIR``, and to tensorboard by the hook that does so.
     """
-
-    def __init__(self, period: int):
-        self._period = period
-
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if self._period > 0 and done % self._period == 0 and done < self.trainer.max_iter:
-            self._draw()
-
-    def after_train(self) -> None:
-        # Also called when training failed.
-        if self.trainer.iter >= self.trainer.max_iter:
-            self._draw()
-
-    def _draw(self) -> None:
-        cfg = self.trainer.cfg
-        path = os.path.join(cfg.OUTPUT_DIR, "predictions.png")
-        model = getattr(self.trainer.model, "module", self.trainer.model)
-        if not draw_predictions(cfg, model, cfg.DATASETS.TEST[0], path):
-            return
+    cfg = trainer.cfg
+    path = os.path.join(cfg.OUTPUT_DIR, "predictions.png")
+    model = getattr(trainer.model, "module", trainer.model)
+    if draw_predictions(cfg, model, cfg.DATASETS.TEST[0], path):
         logger.info("Predictions beside the ground truth of '%s': %s", cfg.DATASETS.TEST[0], path)
         sheet = utils.read_image(path, format="RGB")
-        self.trainer.storage.put_image("predictions", sheet.transpose(2, 0, 1))
+        trainer.storage.put_image("predictions", sheet.transpose(2, 0, 1))
 
 
 class Summary(HookBase):

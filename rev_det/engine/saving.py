@@ -55,7 +55,7 @@ class SaveState(HookBase):
         if trainer.start_iter >= trainer.max_iter and trainer.checkpointer.has_checkpoint():
             last = trainer.checkpointer.get_checkpoint_file()
             logger.log(
-                logging.INFO if trainer.start_iter == trainer.max_iter else logging.WARNING,
+                logging.WARNING if trainer.start_iter > trainer.max_iter else logging.INFO,
                 "%s is at iteration %d, SOLVER.MAX_ITER is %d: nothing is left to train",
                 last,
                 trainer.start_iter,

@@ -26,7 +26,7 @@ from ..stopping import StopRequest
 from .amp import Precision
 from .build import build_detector
 from .evaluation import evaluate_with_augmentation, evaluating
-from .hooks import Predictions, Progress, Summary
+from .hooks import Progress, Summary, show_predictions
 from .inversion import InversionCheck
 from .metrics import MetricsWriter
 from .optimizer import build_gradient_clipper, build_optimizer
@@ -195,7 +195,7 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, of which saving and evaluating are this project's; summary and pictures when
         everything else is done."""
-        cfg, is_main = self.cfg, comm.is_main_process()
+        cfg = self.cfg
         saving = SaveState(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_KEEP)
         evaluation = EvaluateSaved(
             cfg.TEST.EVAL_PERIOD, self._evaluate_for_hook, saving, cfg.TEST.BEST_METRIC
@@ -210,7 +210,6 @@ class Trainer(DefaultTrainer):
             saving,
             StopWhenAsked(),
             evaluation,
-            *([Predictions(cfg.TEST.EVAL_PERIOD)] if is_main and cfg.DATASETS.TEST else []),
             *writers,
             Summary(evaluation),
         ]
@@ -224,6 +223,8 @@ class Trainer(DefaultTrainer):
     def _evaluate_for_hook(self) -> dict[str, Any]:
         # DefaultTrainer compares these with TEST.EXPECTED_RESULTS after training.
         self._last_eval_results = self.test(self.cfg, self.model)
+        if comm.is_main_process() and self.cfg.DATASETS.TEST:
+            show_predictions(self)
         return self._last_eval_results
 
     def _save_last_good(self, error: NonFiniteError) -> str:

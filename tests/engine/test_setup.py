@@ -159,6 +159,7 @@ def test_bad_keys_and_values_are_named(check, opts, message):
         "SOLVER.GAMMA": ("0.0",),
         "SOLVER.STEPS": ("('a',)", "(5, 3)", "(3, 3)", "(0,)", "5", "None"),
         "SOLVER.MOMENTUM": ("1.0", "-0.1"),
+        "SOLVER.LAYER_DECAY": ("0.0", "1.5"),
         "SOLVER.BETAS": ("(0.9,)", "(0.9, 1.5)", "('a', 'b')", "None"),
         "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": ("0.0", "-1.0"),
         "SOLVER": ("foo", "{}"),
@@ -204,7 +205,7 @@ def test_bad_keys_and_values_are_named(check, opts, message):
         "TEST.AUG.MIN_SIZES": ("()", "(0, 64)", "(1000000,)"),
         "TEST.DETECTIONS_PER_IMAGE": ("0", "-2"),
         "TEST.EXPECTED_RESULTS": ("[1]", "[['bbox', 'AP', 50.0]]"),
-        "OUTPUT_DIR": ("''", __file__, f"{__file__}/below/it"),
+        "OUTPUT_DIR": ("/tmp/\udcff", "''", __file__, f"{__file__}/below/it"),
     }.items(),
 )
 def test_values_that_a_run_would_stumble_over_are_named_with_their_key(check, key, values):

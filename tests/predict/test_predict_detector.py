@@ -282,7 +282,10 @@ def test_mixed_precision_is_only_on_request_on_the_cpu(nano_run, amp, dtype):
         ({"device": "cuda:99"}, "--device is 'cuda:99'; allowed on this machine are .*cpu"),
         ({"opts": ["MODEL.NOTHING", "1"]}, "no config key MODEL.NOTHING"),
         ({"opts": ["MODEL.ROI_HEADS.NAME", "NoHeads"]}, "cannot be built: .*NoHeads"),
-        ({"opts": ["MODEL.PIXEL_STD", "[0.0, 0.0, 0.0]"]}, r"MODEL.PIXEL_STD \[0.0, .*above 0"),
+        (
+            {"opts": ["MODEL.PIXEL_STD", "[0.0, 0.0, 0.0]"]},
+            r"MODEL.PIXEL_STD must be .* above 0, got \[0.0, ",
+        ),
     ],
 )
 def test_arguments_that_do_not_go(nano_run, options, message):
