@@ -6,8 +6,13 @@ trains with `Trainer`, Detectron2's ``DefaultTrainer`` with this project's optim
 """
 
 import os
+import signal
 import sys
 from importlib.util import find_spec
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # While modules are imported, Ctrl-C ends the program without a traceback.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 for module, name in (("torch", "PyTorch"), ("detectron2", "Detectron2")):
     if find_spec(module) is None:
@@ -28,4 +33,6 @@ hide_advice()
 from rev_det.engine import main  # noqa: E402
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

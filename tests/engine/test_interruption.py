@@ -411,9 +411,9 @@ def test_a_run_that_is_resumed_on_other_data_says_so(trainer, tiny_dataset, capl
 def test_a_checkpoint_of_an_older_version_brings_what_was_best(trainer, tmp_path):
     # Detectron2 keeps the state of a hook under the name of its class, which was another.
     run = trainer()
-    state = run.state_dict() | {"hooks": {"Evaluation": {"best": {"value": 50.0, "iteration": 1}}}}
-    run.load_state_dict(state)
-    assert {"Evaluation": {"best": {"value": 50.0, "iteration": 1}}} == run.state_dict()["hooks"]
+    best = {"best": {"value": 50.0, "iteration": 1}}
+    run.load_state_dict(run.state_dict() | {"hooks": {"Evaluation": best}})
+    assert run.state_dict()["hooks"]["Evaluation"] == best
 
 
 def test_processes_that_find_different_checkpoints_do_not_train(trainer, monkeypatch):

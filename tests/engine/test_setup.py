@@ -2,13 +2,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.modeling import build_model
 
-from rev_det.engine import argument_parser, check_run, load_config, main
+from rev_det.engine import argument_parser, check_run, checks, load_config, main
 
 TINY = ("DATASETS.TRAIN", "('tiny',)", "DATASETS.TEST", "('tiny',)")
 
@@ -87,6 +89,19 @@ def test_the_process_that_starts_the_others_leaves_cuda_alone(check, two_gpus, d
     amp = ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", dtype)
     cfg = check("MODEL.DEVICE", device, *amp, options=("--num-gpus", processes))
     assert cfg.MODEL.DEVICE == device
+
+
+def test_the_model_is_checked_without_values(check, monkeypatch):
+    built, build = [], checks.build_detector
+    monkeypatch.setattr(checks, "build_detector", lambda cfg: built.append(build(cfg)) or built[-1])
+    check()
+    assert {parameter.device.type for parameter in built[-1].parameters()} == {"meta"}
+
+
+def test_who_reads_the_files_of_a_run_does_not_load_the_trainer():
+    code = "import sys, rev_det.engine.metrics; print('rev_det.engine.trainer' in sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n"
 
 
 def test_several_processes_on_the_cpu_need_no_gpu(check):
@@ -393,13 +408,6 @@ def test_a_long_warmup_is_warned_of_when_training_and_not_when_evaluating(check,
     caplog.clear()
     check("MODEL.WEIGHTS", path, *opts, options=("--eval-only",))
     assert "SOLVER.BASE_LR" not in caplog.text
-
-
-def test_a_missing_config_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="--config-file is missing"):
-        load_config("")
-    with pytest.raises(FileNotFoundError, match="none.yaml does not exist"):
-        load_config(str(tmp_path / "none.yaml"))
 
 
 def test_annotations_that_are_not_coco_are_an_error(nano_mvit, tmp_path):
