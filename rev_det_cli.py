@@ -406,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        from rev_det.advice import hide_advice
+        from rev_det.warning_filters import hide_advice
 
         hide_advice()
         code = importlib.import_module(f"rev_det.cli.{args.command}").run(args)
@@ -451,7 +451,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
 def _obstacle(command: str, error: Exception) -> str:
     """What in the environment stopped a command, and what to do; nothing for a mistake of ours."""
     from rev_det import modeling
-    from rev_det.checks import is_out_of_memory
+    from rev_det.devices import is_out_of_memory
 
     try:
         modeling.RevViT  # noqa: B018  (raises what importing Detectron2 has raised, in words)

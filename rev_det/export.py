@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import __version__
-from .checks import check_choice, check_pair, is_out_of_memory
 from .data.images import check_extent
+from .devices import is_out_of_memory
 from .files import check_output, whole_file
 from .modeling.backbone import ReversibleBackbone
 from .modeling.derived import Methods, give_methods
+from .rules import check_choice, check_pair
 
 # By format, how the names of its files end.
 FORMATS = {"torchscript": (".pt", ".ts"), "onnx": (".onnx",), "torch-export": (".pt2",)}

@@ -106,14 +106,7 @@ def whole_file(path: str) -> Iterator[str]:
 
 
 def write_whole(path: str, write: Callable[[str], Any]) -> None:
-    """Write a file beside its place and move it there when it is complete.
-
-    Args:
-        write: writes the file whose name it is given.
-
-    Raises:
-        UnwritableError: it cannot be written.
-    """
+    """`whole_file`, for a function that writes the file whose name it is given."""
     with whole_file(path) as part:
         write(part)
 
@@ -133,10 +126,9 @@ def write_text(path: str, text: str) -> None:
 
 
 def write_json(path: str, content: Any, indent: int | None = 1) -> None:
-    """Write JSON as `write_whole` does.
+    """Write JSON as `write_text` does.
 
     Raises:
-        UnwritableError: it cannot be written.
         ValueError: a number is infinite or NaN, which JSON has not.
     """
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False))

@@ -1,5 +1,6 @@
 """Files are written whole or not at all, errors name them, and JSON is read with suspicion."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,13 @@ def test_the_part_keeps_the_ending_and_appears_only_when_complete(tmp_path):
         Path(part).write_text("all")
         assert not path.exists()
     assert path.read_text() == "all" and not Path(part).exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "x" * 251 + ".png", "." + "x" * 254, "\udcff.json"])
+def test_names_as_long_as_the_file_system_allows_and_bytes_that_are_no_text(tmp_path, name):
+    path = str(tmp_path / name)
+    write_json(path, {"a": name})
+    assert os.listdir(tmp_path) == [name] and read_json(path) == {"a": name}
 
 
 def test_a_place_that_takes_no_files_is_found_before_the_work(tmp_path, monkeypatch):

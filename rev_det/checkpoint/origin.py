@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # Of a config what makes a model what it is; not where it runs, what follows from the data, and the paths of
 # these, which are nobody else's business.
 _EVALUATED = ("MODEL.", "INPUT.")
-_SECTIONS = (*_EVALUATED, "SOLVER.")
+_SECTIONS = (*_EVALUATED, "DATASETS.TRAIN", "SOLVER.")
 _LEFT_OUT = (
     "INPUT.MASK_FORMAT",
     "MODEL.DEVICE",

@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..checkpoint.named import NAMED_MODELS
-    from ..checks import check_count
+    from ..rules import check_count
     from ..classify import find_validation_images, load_classifier, predict, read_labels
 
     if bool(args.images) == (args.imagenet is not None):

@@ -10,7 +10,7 @@ from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
-from ..checks import check_choice
+from ..rules import check_choice
 from .augmentation import build_augmentations, crops_by_name
 from .findings import printable
 from .images import check_head, read_rgb

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..checks import check_choice
+from ..rules import check_choice
 from .coco import register_coco_json, registered_summary
 from .findings import first
 from .shapes import generate_shapes

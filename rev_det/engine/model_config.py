@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..config_files import find_config_file
+from ..model_zoo import find_config_file
 from .setup import load_config
 
 if TYPE_CHECKING:

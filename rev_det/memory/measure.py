@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..checks import is_out_of_memory
+from ..devices import is_out_of_memory
 from .counting import sum_of_means
 from .detector import DetectorStep
 

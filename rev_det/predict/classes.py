@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 
-from ..checks import is_whole
 from ..data import shapes
 from ..files import read_json
+from ..rules import is_whole
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode

@@ -21,11 +21,12 @@ from ..checkpoint import RevCheckpointer
 from ..checkpoint.checkpointer import last_checkpoint
 from ..checkpoint.named import PUBLISHED
 from ..checkpoint.origin import classes_of_origin
-from ..checks import check_choice, check_count, is_out_of_memory
-from ..config_files import find_config_file, read_config_file
+from ..config_files import read_config_file
 from ..data.images import check_extent
-from ..devices import check_device, device_settings
+from ..devices import check_device, device_settings, is_out_of_memory
 from ..engine import Precision, build_detector, load_config
+from ..model_zoo import find_config_file
+from ..rules import check_choice, check_count
 from .classes import classes_of_config, classes_of_json, named_classes
 from .inputs import Frame, Source, read_frames
 

@@ -1,4 +1,9 @@
-"""Signals that ask a run to stop: it saves and ends, to be resumed."""
+"""Signals that ask a run to stop, in every process that belongs to it: it saves and ends, to be resumed.
+
+Schedulers signal a process or all of a job; a terminal tells every process of a Ctrl-C. The process that
+trains ends its step and saves; one that has only started others passes signals on; workers of data loaders
+ignore them, since the step that is to be saved needs them.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +15,15 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
-from .torchrun import under_torchrun
-
 logger = logging.getLogger(__name__)
 
 # What schedulers send before they kill a job: SLURM by default SIGTERM, or what `--signal` says. Terminals
-# send SIGINT for Ctrl-C, to every process that they see in the foreground.
-STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)
-)
+# send SIGINT for Ctrl-C.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # What a shell reports for a process that a signal has ended.
 STOP_EXIT_CODES = tuple(128 + number for number in STOP_SIGNALS)
+# On macOS signals that were held back in a new process cannot be let through again.
+_CAN_HOLD_BACK = hasattr(signal, "sigwaitinfo")
 
 
 class Interrupted(SystemExit):
@@ -33,12 +36,17 @@ class Interrupted(SystemExit):
 class StopRequest:
     """Remembers that a signal has asked this process to stop.
 
+    Args:
+        second_ends: whether a second SIGINT ends the process at once. Not so under torchrun, which passes on
+            what this process may have heard before.
+
     Attributes:
         number: of the signal; None while there was none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, second_ends: bool = True) -> None:
         self.number: int | None = None
+        self._second_ends = second_ends
         self._at_once = False
 
     def __call__(self) -> bool:
@@ -52,7 +60,7 @@ class StopRequest:
         handle SIGINT, or ignore it, it is left to them. Outside the main thread, which alone gets signals,
         this does nothing.
         """
-        with _handling(self._receive):
+        with _handling(self._receive, self._second_ends):
             yield
 
     @contextlib.contextmanager
@@ -60,8 +68,7 @@ class StopRequest:
         """While there is nothing to save, do not wait for the end of a step.
 
         Raises:
-            Interrupted: when a signal comes, or has come. What else fails then does so because of it: worker
-                processes get the signal as well.
+            Interrupted: when a signal comes, or has come. What else fails then does so because of it.
         """
         self._at_once = True
         try:
@@ -81,7 +88,7 @@ class StopRequest:
         if self._at_once:
             logger.warning("%s: the run ends, its state was saved before; --resume continues it", name)
             raise Interrupted(number)
-        more = "; a second Ctrl-C ends it at once" if number == signal.SIGINT and not under_torchrun() else ""
+        more = "; a second Ctrl-C ends it at once" if number == signal.SIGINT and self._second_ends else ""
         logger.warning(
             "%s: the run will end after this step and save its state, and --resume continues it%s", name, more
         )
@@ -91,7 +98,7 @@ class StopRequest:
 def passing_on_to_children() -> Iterator[StopRequest]:
     """Pass `STOP_SIGNALS` on to the processes that this one has started, which end it by ending.
 
-    A SIGINT arrives there as SIGTERM: see `leaving_interrupts_to_parent`. The second one kills them.
+    A SIGINT arrives there as SIGTERM: see `leave_interrupts_to_parent`. The second one kills them.
 
     Yields:
         what remembers the signal.
@@ -114,7 +121,7 @@ def passing_on_to_children() -> Iterator[StopRequest]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.pid, number)
 
-    with _handling(forward):
+    with _handling(forward, second_ends=True):
         try:
             yield stop
         except KeyboardInterrupt:
@@ -124,9 +131,9 @@ def passing_on_to_children() -> Iterator[StopRequest]:
 
 
 @contextlib.contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """While processes are started: a SIGINT stays pending in them until `leave_interrupts_to_parent`."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def held_back(*numbers: int) -> Iterator[None]:
+    """While processes are started, which inherit it: signals stay pending in them until they are ready."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
@@ -134,9 +141,10 @@ def interrupts_held_back() -> Iterator[None]:
 
 
 def leave_interrupts_to_parent() -> None:
-    """In a started process: do nothing on SIGINT, unless torch sends it because the parent has died.
+    """In a process that trains beside others: do nothing on SIGINT, unless torch sends it for a dead parent.
 
-    Of one Ctrl-C the terminal tells every process. Only the parent can tell it from a second one.
+    Only the parent can tell a Ctrl-C, of which the terminal tells every process, from a second one. To be
+    called in a process that was started with SIGINT `held_back`.
     """
 
     def receive(number: int, frame: object) -> None:
@@ -147,8 +155,33 @@ def leave_interrupts_to_parent() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
+def workers_held_back() -> contextlib.AbstractContextManager[None]:
+    """`held_back`, for the start of processes that call `survive_signals`: they may take seconds to do so."""
+    return held_back(*STOP_SIGNALS) if _CAN_HOLD_BACK else contextlib.nullcontext()
+
+
+def survive_signals(worker_id: int) -> None:
+    """In a data loader's worker: heed SIGTERM, from the training process alone, and no other signal."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not _CAN_HOLD_BACK:
+        return
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    # torch watches it as well, but only once a worker has started: if it is gone by then, the worker stays.
+    while parent.is_alive():
+        received = signal.sigtimedwait({signal.SIGTERM}, 1)
+        if received is not None and received.si_pid == parent.pid:
+            break
+    os._exit(0)
+
+
 @contextlib.contextmanager
-def _handling(handler: Callable[[int], None]) -> Iterator[None]:
+def _handling(handler: Callable[[int], None], second_ends: bool) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -162,8 +195,7 @@ def _handling(handler: Callable[[int], None]) -> Iterator[None]:
             # Data loaders' workers inherit this, and hear of a Ctrl-C as well.
             if os.getpid() != process:
                 return
-            # torchrun passes on what workers may have heard before.
-            if not under_torchrun():
+            if second_ends:
                 signal.signal(number, before[number])
         handler(number)
 

@@ -18,7 +18,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
 from ..files import whole_file
-from .interruption import Interrupted
+from ..stopping import Interrupted
 
 if TYPE_CHECKING:
     from ..checkpoint import RevCheckpointer
@@ -29,7 +29,7 @@ _PERIODIC = re.compile(r"model_(\d{7})\.pth")
 FINAL, BEST = "model_final", "model_best"
 
 
-class Checkpoints(HookBase):
+class SaveState(HookBase):
     """Saves the state of a run periodically, at its end, and when it is asked to stop.
 
     Files are named as Detectron2 names them: ``model_0004999.pth`` after 5000 iterations, and at the end
@@ -54,7 +54,8 @@ class Checkpoints(HookBase):
             os.unlink(path)
         if trainer.start_iter >= trainer.max_iter and trainer.checkpointer.has_checkpoint():
             last = trainer.checkpointer.get_checkpoint_file()
-            logger.info(
+            logger.log(
+                logging.WARNING if trainer.start_iter > trainer.max_iter else logging.INFO,
                 "%s is at iteration %d, SOLVER.MAX_ITER is %d: nothing is left to train",
                 last,
                 trainer.start_iter,
@@ -64,14 +65,9 @@ class Checkpoints(HookBase):
             _link_or_copy(last, self.final_file)
 
     def after_step(self) -> None:
-        trainer = self.trainer
-        done = trainer.iter + 1
-        if done >= trainer.max_iter or done % self._period == 0 or trainer.stopping:
+        done = self.trainer.iter + 1
+        if done >= self.trainer.max_iter or done % self._period == 0 or self.trainer.stopping:
             self.save()
-        if trainer.stopping and done < trainer.max_iter:
-            # The processes end together: the first to end would take the others with it.
-            comm.synchronize()
-            raise Interrupted(trainer.stop_signal)
 
     def save(self) -> str:
         """Save the state after the present iteration, unless that is done.
@@ -84,7 +80,7 @@ class Checkpoints(HookBase):
             name = FINAL if iteration + 1 >= self.trainer.max_iter else f"model_{iteration:07d}"
             self.trainer.checkpointer.save(name, iteration=iteration)
             self._saved = iteration, os.path.join(self._folder, f"{name}.pth")
-            if comm.is_main_process():
+            if comm.is_main_process() and self._keep:
                 self._remove_old()
         return self._saved[1]
 
@@ -98,8 +94,6 @@ class Checkpoints(HookBase):
         return self.trainer.checkpointer.save_dir
 
     def _remove_old(self) -> None:
-        if not self._keep:
-            return
         found = sorted(name for name in os.listdir(self._folder) if _PERIODIC.fullmatch(name))
         # Later ones belong to an earlier run in the same folder, which is not ours to tidy.
         own = [name for name in found if int(_PERIODIC.fullmatch(name)[1]) <= self.trainer.iter]
@@ -107,7 +101,17 @@ class Checkpoints(HookBase):
             os.unlink(os.path.join(self._folder, name))
 
 
-class Evaluation(EvalHook):
+class StopWhenAsked(HookBase):
+    """Ends a run that was asked to stop; to be registered behind `SaveState`, which has saved it then."""
+
+    def after_step(self) -> None:
+        if self.trainer.stopping and self.trainer.iter + 1 < self.trainer.max_iter:
+            # The processes end together: the first to end would take the others with it.
+            comm.synchronize()
+            raise Interrupted(self.trainer.stop_signal)
+
+
+class EvaluateSaved(EvalHook):
     """Detectron2's evaluation, before which the state is saved: being killed in it costs nothing.
 
     A run that is resumed where an evaluation was due evaluates first. The checkpoint whose result is the best
@@ -116,13 +120,15 @@ class Evaluation(EvalHook):
     Args:
         period: iterations from one evaluation to the next; 0 for the end of training alone.
         function: returns metrics by task; on processes but the first it may return nothing.
-        checkpoints: the hook that saves, registered before this one.
+        saving: the hook that saves, registered before this one.
         best_metric: name of the metric that decides, "task/metric", greater is better; with several datasets
             that of the first of them.
     """
 
-    def __init__(self, period: int, function: Any, checkpoints: Checkpoints, best_metric: str):
-        self._checkpoints = checkpoints
+    __qualname__ = "Evaluation"  # Detectron2 keeps the state of a hook under this name
+
+    def __init__(self, period: int, function: Any, saving: SaveState, best_metric: str):
+        self._saving = saving
         self._best_metric = best_metric
         self._missing_metric_told = False
         self.best: dict[str, float] = {}
@@ -147,12 +153,12 @@ class Evaluation(EvalHook):
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if self._period > 0 and done % self._period == 0 and done < self.trainer.max_iter:
-            self._evaluate(self._checkpoints.save(), self.trainer.iter)
+            self._evaluate(self._saving.save(), self.trainer.iter)
 
     def after_train(self) -> None:
         # Also called when training failed or was interrupted.
         if self.trainer.iter >= self.trainer.max_iter:
-            self._evaluate(self._checkpoints.final_file, self.trainer.max_iter - 1)
+            self._evaluate(self._saving.final_file, self.trainer.max_iter - 1)
         # It holds the trainer, which holds this hook.
         del self._func
 
@@ -169,10 +175,8 @@ class Evaluation(EvalHook):
         comm.synchronize()
         with self.trainer.stop_request.ending_at_once():
             self._do_eval()
-        if comm.is_main_process():
-            self._keep_if_best(checkpoint, iteration)
-
-    def _keep_if_best(self, checkpoint: str, iteration: int) -> None:
+        if not comm.is_main_process():
+            return
         names = [name for name in self.latest if f"/{name}".endswith(f"/{self._best_metric}")]
         if self.latest and not names and not self._missing_metric_told:
             self._missing_metric_told = True
@@ -182,14 +186,14 @@ class Evaluation(EvalHook):
                 self._best_metric,
                 ", ".join(name for name in self.latest if "/AP-" not in name),
             )
-        if not names or not self.latest[names[0]] > self.best.get("value", -math.inf):
-            return
-        value = self.latest[names[0]]
-        self.best = {"value": value, "iteration": iteration}
-        path = os.path.join(os.path.dirname(checkpoint), f"{BEST}.pth")
-        if checkpoint != path:
-            _link_or_copy(checkpoint, path)
-        logger.info("%s %.3f is the best so far, its checkpoint is kept as %s", names[0], value, path)
+        if names and self.latest[names[0]] > self.best.get("value", -math.inf):
+            self.best = {"value": self.latest[names[0]], "iteration": iteration}
+            path = os.path.join(os.path.dirname(checkpoint), f"{BEST}.pth")
+            if checkpoint != path:
+                _link_or_copy(checkpoint, path)
+            logger.info(
+                "%s %.3f is the best so far, its checkpoint is kept as %s", names[0], self.best["value"], path
+            )
 
 
 def unwritable(error: OSError, checkpointer: RevCheckpointer) -> OSError:

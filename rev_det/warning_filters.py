@@ -1,4 +1,4 @@
-"""What torch advises the authors of Detectron2, and no user of a command can act on."""
+"""Keeps warnings out of a command's output that are for the authors of Detectron2, and not for its users."""
 
 from __future__ import annotations
 
@@ -17,8 +17,5 @@ def hide_advice() -> None:
         warnings.filterwarnings("ignore", message)
     # Such images are an error here.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    logging.getLogger("torch.fx._symbolic_trace").addFilter(_is_for_users)
-
-
-def _is_for_users(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith("is_fx_tracing")
+    tracing = logging.getLogger("torch.fx._symbolic_trace")
+    tracing.addFilter(lambda record: not str(record.msg).startswith("is_fx_tracing"))
