@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional
 
 from rev_det.modeling.kept_attention import attention
+from rev_det.modeling.reversible import ReversibleSequence
 
 DIM = 8
 
@@ -76,6 +77,20 @@ def assert_same(actual, expected, tolerance=1e-10):
     """Losses and gradients are the same up to float64 rounding."""
     torch.testing.assert_close(actual[0], expected[0], rtol=tolerance, atol=tolerance)
     assert_same_gradients(actual[1], expected[1], tolerance)
+
+
+def assert_as_cached(run, *modes):
+    """What a function of the activation mode returns, loss and gradients, is that of ordinary autograd."""
+    expected = run("cached")
+    for mode in modes or ("reversible",):
+        assert_same(run(mode), expected)
+
+
+def assert_equals_cached(body, *inputs, modes=("reversible",), keep_attention=False, **options):
+    """A sequence of these blocks has the loss and the gradients of ordinary autograd."""
+    assert_as_cached(
+        lambda mode: step(ReversibleSequence(body, mode, keep_attention), *inputs, **options), *modes
+    )
 
 
 def assert_same_gradients(actual, expected, tolerance=1e-10):

@@ -9,10 +9,10 @@ from small_blocks import (
     DIM,
     Attention,
     Mlp,
-    assert_same,
+    assert_as_cached,
+    assert_equals_cached,
     assert_same_gradients,
     blocks,
-    step,
     stream,
 )
 from torch import nn
@@ -20,37 +20,25 @@ from torch import nn
 from rev_det.modeling.repetition import recompute
 from rev_det.modeling.reversible import ACTIVATIONS, ReversibleSequence
 
-REBUILT = pytest.mark.parametrize("activations", ["reversible", "checkpoint"])
+REBUILT = ("reversible", "checkpoint")
 
 
-def assert_equals_cached(make, *inputs, **sequence):
-    """A sequence of the blocks that a function makes has the gradients of ordinary autograd."""
-    expected = step(ReversibleSequence(make(), "cached"), *inputs)
-    assert_same(step(ReversibleSequence(make(), **sequence), *inputs), expected)
-
-
-@REBUILT
 @pytest.mark.parametrize("keep_attention", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("same_start", [True, False])
 @pytest.mark.parametrize("parts", [1, 2, 7])
-def test_gradients_equal_ordinary_autograd(activations, keep_attention, count, same_start, parts):
-    masks = [
-        (torch.tensor([0.0, 2.0], dtype=torch.float64), torch.tensor([2.0, 0.0], dtype=torch.float64)),
-        (None, torch.tensor([3.0, 1.0], dtype=torch.float64)),
-    ] * count
+def test_gradients_equal_ordinary_autograd(keep_attention, count, same_start, parts):
+    low, high, third = (torch.tensor(m, dtype=torch.float64) for m in ([0.0, 2.0], [2.0, 0.0], [3.0, 1.0]))
+    masks = ([(low, high), (None, third)] * count)[:count]
     x1 = stream().requires_grad_()
     x2 = x1 if same_start else stream(seed=2).requires_grad_()
     body = blocks(count, F=partial(Attention, parts=parts), G=partial(Mlp, parts=parts))
-    expected = step(ReversibleSequence(body, "cached"), x1, x2, masks=masks[:count])
-    assert_same(
-        step(ReversibleSequence(body, activations, keep_attention), x1, x2, masks=masks[:count]), expected
-    )
+    assert_equals_cached(body, x1, x2, masks=masks, modes=REBUILT, keep_attention=keep_attention)
 
 
 def test_gradcheck():
-    sequence = ReversibleSequence(blocks(3), keep_attention=True)
-    x1, x2 = stream().requires_grad_(), stream(seed=2).requires_grad_()
+    sequence = ReversibleSequence(blocks(2), keep_attention=True)
+    x1, x2 = (stream(1, 3, seed=seed).requires_grad_() for seed in (1, 2))
     assert torch.autograd.gradcheck(lambda a, b: sequence(a, b), (x1, x2))
     weight = sequence.blocks[1].F.qkv.weight
     assert torch.autograd.gradcheck(lambda w: sequence(x1.detach(), x2.detach()), (weight,))
@@ -67,11 +55,11 @@ class AddsContext(Attention):
 @pytest.mark.parametrize("parts", [1, 2])
 def test_tensor_arguments_of_f_get_their_gradient(F, parts):
     x1, x2, context = (stream(seed=seed).requires_grad_() for seed in (1, 2, 4))
-    make = partial(blocks, 3, F=partial(F, parts=parts))
-    assert_equals_cached(make, x1, x2, context)
+    body = blocks(3, F=partial(F, parts=parts))
+    assert_equals_cached(body, x1, x2, context)
     # Where nothing else needs one, too.
-    frozen = [block.requires_grad_(False) for block in make()]
-    assert_equals_cached(lambda: frozen, x1.detach(), x2.detach(), context)
+    frozen = [block.requires_grad_(False) for block in body]
+    assert_equals_cached(frozen, x1.detach(), x2.detach(), context)
 
 
 class AnyArguments(Attention):
@@ -88,7 +76,7 @@ class AnyArguments(Attention):
 def test_arguments_of_f_may_be_none_or_integers_or_no_tensors(context, scale, name):
     x = stream().requires_grad_()
     context = stream(seed=4).requires_grad_() if context else None
-    assert_equals_cached(partial(blocks, 3, F=AnyArguments), x, x, context, scale, name)
+    assert_equals_cached(blocks(3, F=AnyArguments), x, x, context, scale, name)
 
 
 @pytest.mark.parametrize("same_start", [True, False])
@@ -96,13 +84,14 @@ def test_views_of_one_tensor_as_streams(same_start):
     """Expanded, transposed, and the second one overlapping the first."""
     base = torch.randn(DIM, 5, 1, dtype=torch.float64, requires_grad=True)
     body = blocks(3, G=partial(Mlp, parts=2))
-    grads = []
-    for activations in ("reversible", "cached"):
+
+    def run(activations):
         x1 = base.permute(2, 1, 0).expand(3, -1, -1)
         y1, y2 = ReversibleSequence(body, activations)(x1, x1 if same_start else x1.flip(1).view_as(x1))
         loss = (y1 * y2).sin().sum()
-        grads.append((loss, torch.autograd.grad(loss, [base, *(p for b in body for p in b.parameters())])))
-    assert_same(*grads)
+        return loss, torch.autograd.grad(loss, [base, *(p for b in body for p in b.parameters())])
+
+    assert_as_cached(run)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, DIM), (2, 0, DIM)])
@@ -119,25 +108,27 @@ def test_empty_streams_have_empty_or_zero_gradients(shape, activations, keep_att
     assert all(p.grad is not None and not p.grad.any() for p in sequence.parameters())
 
 
-@pytest.mark.parametrize("frozen", [(0,), (0, 1), (1,), (2,)])
-def test_frozen_blocks_and_an_input_without_gradient(frozen):
-    body = blocks(3)
-    for i in frozen:
-        body[i].requires_grad_(False)
-    assert_equals_cached(lambda: body, stream(), stream())
+@pytest.mark.parametrize(
+    "before, frozen",
+    [
+        *(("forward", blocks) for blocks in [(0,), (0, 1), (1,), (2,)]),
+        *(("backward", blocks) for blocks in [(0,), (1, 2), (0, 1, 2)]),
+    ],
+)
+def test_blocks_frozen_before_the_forward_or_the_backward_pass(before, frozen):
+    """The streams are without a gradient, too."""
 
-
-@pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1, 2)])
-def test_blocks_frozen_before_the_backward_pass(frozen):
-    grads = {}
-    for activations in ("cached", "reversible"):
+    def run(activations):
         body = blocks(3)
+        chosen = nn.ModuleList(body[i] for i in frozen)
+        chosen.requires_grad_(before == "backward")
         y1, y2 = ReversibleSequence(body, activations)(stream(), stream())
-        for i in frozen:
-            body[i].requires_grad_(False)
-        (y1 * y2).sum().backward()
-        grads[activations] = [p.grad for block in body for p in block.parameters()]
-    assert_same_gradients(grads["reversible"], grads["cached"])
+        chosen.requires_grad_(False)
+        loss = (y1 * y2).sum()
+        loss.backward()
+        return loss, [p.grad for block in body for p in block.parameters()]
+
+    assert_as_cached(run)
 
 
 def test_parameters_unfrozen_before_the_backward_pass_get_no_gradient():
@@ -150,15 +141,12 @@ def test_parameters_unfrozen_before_the_backward_pass_get_no_gradient():
 
 
 def test_shared_parameters_sum_their_gradients():
-    def make():
-        body = blocks(3)
-        body[2].G.hidden.weight = body[0].G.hidden.weight  # by two blocks
-        body[1].F.norm.bias = body[1].G.norm.bias  # by F and G
-        body[1].F.out.bias = body[1].F.norm.weight  # inside F
-        return [*body, body[0]]  # a whole block
-
+    body = blocks(3)
+    body[2].G.hidden.weight = body[0].G.hidden.weight  # by two blocks
+    body[1].F.norm.bias = body[1].G.norm.bias  # by F and G
+    body[1].F.out.bias = body[1].F.norm.weight  # inside F
     x = stream().requires_grad_()
-    assert_equals_cached(make, x, x)
+    assert_equals_cached([*body, body[0]], x, x)  # a whole block
 
 
 class Table(nn.Module):
@@ -185,69 +173,60 @@ class OnlyTable(Table):
 def test_gradients_that_torch_hands_on_unchanged_are_not_written_to(batch, F, G, same_gradients):
     """The streams' own gradients, those of additive parameters, and those of a branch that ignores x."""
     x1, x2 = (stream(batch, seed=seed).requires_grad_() for seed in (1, 2))
+    body = [*blocks(2), *blocks(1, F=F, G=G)]
+    wanted = [x1, x2, *(p for block in body for p in block.parameters())]
     results = []
     for activations in ("reversible", "cached"):
-        body = [*blocks(2), *blocks(1, F=F, G=G)]
         y = ReversibleSequence(body, activations)(x1, x2)
         dy = stream(batch, seed=3)
         given = [dy, dy if same_gradients else torch.ones(DIM, dtype=dy.dtype).expand_as(dy)]
-        wanted = [x1, x2, *(p for block in body for p in block.parameters())]
         results.append(torch.autograd.grad(y, wanted, given, allow_unused=True))
         assert torch.equal(dy, stream(batch, seed=3)), "the caller's gradient was changed"
     assert_same_gradients(*results)
 
 
 def test_dropout_is_replayed_and_the_global_generator_advances_as_in_ordinary_autograd():
+    """With two forward passes before the backward pass."""
     x = stream().requires_grad_()
-    body = blocks(4, G=partial(Mlp, dropout=0.4))
-    results = {}
-    for activations in ACTIVATIONS:
-        loss_and_grads = step(ReversibleSequence(body, activations), x, x)
-        results[activations] = loss_and_grads, torch.rand(3)
-    expected, expected_next = results["cached"]
-    for activations in ACTIVATIONS:
-        actual, following = results[activations]
-        assert_same(actual, expected)
-        assert torch.equal(following, expected_next), "the backward pass drew from the global generator"
+    body = blocks(3, G=partial(Mlp, dropout=0.4))
 
-
-def test_two_forwards_before_one_backward():
-    results = []
-    for activations in ("reversible", "cached"):
-        sequence = ReversibleSequence(blocks(3, G=partial(Mlp, dropout=0.3)), activations)
+    def run(activations):
+        sequence = ReversibleSequence(body, activations)
         torch.manual_seed(0)
-        x = stream().requires_grad_()
         loss = sequence(x, x)[0].sin().sum() + sequence(x.cos(), x.cos())[1].sum()
-        results.append((loss, torch.autograd.grad(loss, [x, *sequence.parameters()])))
-    assert_same(*results)
+        grads = torch.autograd.grad(loss, [x, *sequence.parameters()])
+        return loss, [*grads, torch.rand(3)]
+
+    assert_as_cached(run, *REBUILT)
 
 
 @pytest.mark.parametrize("keep_attention", [True, False])
 def test_backward_twice_needs_retain_graph_and_gives_the_same_gradients(keep_attention):
+    """Inputs and outputs are left as they were."""
     sequence = ReversibleSequence(blocks(3), keep_attention=keep_attention)
     x = stream().requires_grad_()
-    loss = sequence(x, x)[0].sin().sum()
-    wanted = [x, *sequence.parameters()]
+    y1, y2 = sequence(x, x)
+    loss = y1.sin().sum() + y2.sum()
+    wanted, copies = [x, *sequence.parameters()], [t.detach().clone() for t in (x, y1, y2)]
     first = torch.autograd.grad(loss, wanted, retain_graph=True)
-    for a, b in zip(torch.autograd.grad(loss, wanted), first, strict=True):
-        assert torch.equal(a, b)
+    again = torch.autograd.grad(loss, wanted)
+    assert all(map(torch.equal, again, first))
+    assert all(map(torch.equal, (x, y1, y2), copies))
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         torch.autograd.grad(loss, wanted)
 
 
-@REBUILT
 @pytest.mark.parametrize(
     "names",
     [["blocks.2.F.out.weight"], ["blocks.1.G.norm.bias"], ["blocks.0.F.qkv.bias", "blocks.2.G.out.bias"]],
 )
-def test_gradients_of_some_parameters_alone(activations, names):
-    sequences = [ReversibleSequence(blocks(3), kind) for kind in ("cached", activations)]
+def test_gradients_of_some_parameters_alone(names):
     results = []
-    for sequence in sequences:
+    for activations in ("cached", *REBUILT):
+        sequence = ReversibleSequence(blocks(3), activations)
         loss = sequence(stream(), stream())[1].sin().sum()
         wanted = [sequence.get_parameter(name) for name in names]
-        for retain in (True, False):
-            results.append(torch.autograd.grad(loss, wanted, retain_graph=retain))
+        results += [torch.autograd.grad(loss, wanted, retain_graph=retain) for retain in (True, False)]
         assert all(p.grad is None for p in sequence.parameters())
     for result in results[1:]:
         assert_same_gradients(result, results[0])
@@ -271,9 +250,9 @@ def test_what_is_changed_between_forward_and_backward_is_noticed(changed):
     x, context = stream().requires_grad_(), torch.ones((), dtype=torch.float64)
     y1, y2 = sequence(x, x, context)
     loss = (y1 + y2).square().sum()
+    tensors = {"y": y2, "context": context, **dict(sequence.named_parameters())}
     with torch.no_grad():
-        tensor = {"y": y2, "context": context}.get(changed)
-        (sequence.get_parameter(changed) if tensor is None else tensor).add_(1.0)
+        tensors[changed].add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -286,34 +265,6 @@ def test_without_gradients_it_is_the_plain_loop(context):
         actual = ReversibleSequence(body, "reversible", True)(stream(), stream())
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b) and not a.requires_grad
-
-
-def test_inputs_and_outputs_are_left_as_they_were():
-    sequence = ReversibleSequence(blocks(3))
-    x = stream().requires_grad_()
-    y1, y2 = sequence(x, x)
-    copies = [t.detach().clone() for t in (x, y1, y2)]
-    (y1.sum() + y2.sum()).backward()
-    for t, copy in zip((x, y1, y2), copies, strict=True):
-        assert torch.equal(t, copy)
-
-
-def test_gradients_arrive_block_by_block():
-    """Those of a block are accumulated before the block before it is rebuilt: DDP sends them meanwhile."""
-    sequence = ReversibleSequence(blocks(3))
-    events = []
-    for i, block in enumerate(sequence.blocks):
-        for module in (block.F, block.G):
-            module.register_forward_hook(lambda *_, i=i: events.append(("rebuilt", i)))
-        for p in block.parameters():
-            p.register_post_accumulate_grad_hook(lambda _, i=i: events.append(("arrived", i)))
-    loss = sequence(stream(), stream())[0].sum()
-    events.clear()
-    loss.backward()
-    parameters = len(list(sequence.blocks[0].parameters()))
-    assert events == [
-        event for i in (2, 1, 0) for event in [("rebuilt", i)] * 2 + [("arrived", i)] * parameters
-    ]
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.jacfwd])
@@ -329,27 +280,6 @@ def test_transforms_of_torch_func_are_refused_with_the_way_out(transform):
         torch.func.vmap(lambda x: sequence(x, x))(stream()[:, None])
 
 
-def test_bfloat16_autocast_is_as_close_to_float32_as_ordinary_autograd_is():
-    """The rebuilt streams carry an inversion error; it must not add to what bfloat16 makes anyway."""
-    body = blocks(12, dtype=torch.float32)
-    x = stream(batch=4, tokens=64, dtype=torch.float32).requires_grad_()
-
-    def flat(activations, enabled):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            y1, y2 = ReversibleSequence(body, activations, keep_attention=True)(x, x)
-        assert y1.dtype == y2.dtype == torch.float32
-        loss = (y1.float() * y2.float()).mean() + y1.float().sin().mean()
-        grads = torch.autograd.grad(loss, [x, *(p for b in body for p in b.parameters())])
-        return torch.cat([g.flatten() for g in grads])
-
-    exact = flat("cached", enabled=False)
-    error_cached = (flat("cached", enabled=True) - exact).norm()
-    error_reversible = (flat("reversible", enabled=True) - exact).norm()
-    assert error_cached > 1e-4 * exact.norm(), "bfloat16 was not used"
-    # Measured over five seeds: 0.9998 to 1.0000 times the error of ordinary autograd.
-    assert error_reversible < 1.01 * error_cached
-
-
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 def test_half_precision_streams_become_float32_under_autocast(activations):
     x1, x2 = (stream(dtype=torch.bfloat16, seed=seed).requires_grad_() for seed in (1, 2))
@@ -360,36 +290,32 @@ def test_half_precision_streams_become_float32_under_autocast(activations):
     assert x1.grad.dtype == x2.grad.dtype == torch.bfloat16
 
 
-def test_activation_memory_is_flat_in_depth():
-    """What is alive between forward and backward does not grow with the number of blocks."""
+def held(activations, count):
+    """Bytes that are alive between forward and backward because of a sequence, without its parameters."""
+    sequence, x = ReversibleSequence(blocks(count), activations), stream(tokens=64).requires_grad_()
+    kept = {}  # of each storage its bytes
 
-    def held(activations, count):
-        sequence = ReversibleSequence(blocks(count), activations)
-        kept = {}  # of each storage its bytes
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
 
-        def pack(t):
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        before = {id(t) for t in gc.get_objects() if issubclass(type(t), torch.Tensor)}
+    gc.freeze()  # what there is already is not listed below
+    try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = sequence(*[stream(tokens=64).requires_grad_()] * 2)
+            y = sequence(x, x)
         for t in gc.get_objects():  # and what Python objects of the graph hold
-            if issubclass(type(t), torch.Tensor) and id(t) not in before:
+            if issubclass(type(t), torch.Tensor):
                 pack(t)
-        parameters = {p.untyped_storage().data_ptr() for p in sequence.parameters()}
-        assert y[0].requires_grad
-        return sum(n for key, n in kept.items() if key not in parameters)
+    finally:
+        gc.unfreeze()
+    parameters = {p.untyped_storage().data_ptr() for p in sequence.parameters()}
+    assert y[0].requires_grad
+    return sum(n for key, n in kept.items() if key not in parameters)
 
+
+def test_activation_memory_is_flat_in_depth():
     assert held("reversible", 12) == held("reversible", 2) > 0
     assert held("cached", 12) > 5 * held("cached", 2)
-
-
-def test_compile_breaks_the_graph_and_gives_the_same_gradients():
-    x = stream().requires_grad_()
-    expected = step(ReversibleSequence(blocks(2), "cached"), x, x)
-    compiled = torch.compile(ReversibleSequence(blocks(2)), backend="aot_eager")
-    assert_same(step(compiled, x, x), expected)
 
 
 def test_errors_name_what_is_wrong():
