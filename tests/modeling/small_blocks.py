@@ -8,34 +8,35 @@ from rev_det.modeling.kept_attention import attention
 from rev_det.modeling.reversible import ReversibleSequence
 
 DIM = 8
+REBUILT = ("reversible", "checkpoint")
 
 
 class Attention(nn.Module):
     """Self-attention of one head, with an additive context if it is given one."""
 
-    def __init__(self, dim=DIM, parts=1):
+    def __init__(self, parts=1, attend=attention):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
-        self.number = parts
+        self.norm = nn.LayerNorm(DIM)
+        self.qkv = nn.Linear(DIM, 3 * DIM)
+        self.out = nn.Linear(DIM, DIM)
+        self.number, self.attend = parts, attend
 
     def forward(self, x, context=None):
         y = self.norm(x) if context is None else self.norm(x) + context
         q, k, v = self.qkv(y)[:, None].chunk(3, dim=-1)
-        return self.out(attention(q, k, v)[:, 0])
+        return self.out(self.attend(q, k, v)[:, 0])
 
     def parts(self, x):
         return 0, self.number  # samples
 
 
 class Mlp(nn.Module):
-    def __init__(self, dim=DIM, dropout=0.0, parts=1):
+    def __init__(self, dropout=0.0, parts=1):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.hidden = nn.Linear(dim, 2 * dim)
+        self.norm = nn.LayerNorm(DIM)
+        self.hidden = nn.Linear(DIM, 2 * DIM)
         self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(2 * dim, dim)
+        self.out = nn.Linear(2 * DIM, DIM)
         self.number = parts
 
     def forward(self, x):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_blocks import (
     DIM,
+    REBUILT,
     Mlp,
     assert_as_cached,
     assert_equals_cached,
@@ -96,7 +97,7 @@ def test_modules_put_into_eval_mode_before_the_backward_pass(G):
     assert_as_cached(run)
 
 
-@pytest.mark.parametrize("activations", ["reversible", "checkpoint"])
+@pytest.mark.parametrize("activations", REBUILT)
 def test_batch_norm_updates_its_statistics_twice_which_another_momentum_undoes(activations):
     x = stream(batch=4)
     momentum = {"cached": 0.1, activations: 1 - 0.9**0.5}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_blocks import (
     DIM,
+    REBUILT,
     Attention,
     Mlp,
     assert_as_cached,
@@ -19,8 +20,6 @@ from torch import nn
 
 from rev_det.modeling.repetition import recompute
 from rev_det.modeling.reversible import ACTIVATIONS, ReversibleSequence
-
-REBUILT = ("reversible", "checkpoint")
 
 
 @pytest.mark.parametrize("keep_attention", [False, True])
