@@ -1,0 +1,42 @@
+"""Backbones of a few channels, and one step of theirs: what the tests of backbones and detectors share."""
+
+import pytest
+import torch
+
+from rev_det.modeling import RevMViT, RevViT
+
+NANO = {
+    RevViT: {"patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2, "pretrain_img_size": 64},
+    RevMViT: {"embed_dim": 8, "depth": 9, "last_block_indexes": (0, 2, 6, 8), "pretrain_img_size": 64},
+}
+FAMILIES = pytest.mark.parametrize("cls", [RevViT, RevMViT])
+
+
+def make(cls, dtype=torch.float64, **arguments):
+    torch.manual_seed(0)
+    return cls(**{**NANO[cls], **arguments}).to(dtype)
+
+
+def images(batch=2, height=75, width=50, dtype=torch.float64):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def loss_of(outputs):
+    return sum(
+        (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum() for y in outputs.values()
+    )
+
+
+def step(model, x, seed=5):
+    """Loss, gradients of the images (if wanted) and all trainable parameters; ``seed`` is for drop path."""
+    torch.manual_seed(seed)
+    loss = loss_of(model(x))
+    wanted = [x] * x.requires_grad + [p for p in model.parameters() if p.requires_grad]
+    return loss, torch.autograd.grad(loss, wanted)
+
+
+def set_small_sizes(cfg):
+    """Of both families' backbones in a config."""
+    vit, mvit = cfg.MODEL.REV_VIT, cfg.MODEL.REV_MVIT
+    vit.EMBED_DIM, vit.DEPTH, vit.NUM_HEADS, vit.PRETRAIN_IMG_SIZE = 32, 2, 2, 64
+    mvit.EMBED_DIM, mvit.DEPTH, mvit.LAST_BLOCK_INDEXES, mvit.PRETRAIN_IMG_SIZE = 8, 8, (0, 2, 5, 7), 64
