@@ -1,7 +1,9 @@
-"""Backbones of a few channels, and one step of theirs: what the tests of backbones and detectors share."""
+"""Backbones of a few channels, a step of theirs, and an image to train detectors on."""
 
+import numpy as np
 import pytest
 import torch
+from detectron2.structures import Boxes, Instances, Keypoints, PolygonMasks
 
 from rev_det.modeling import RevMViT, RevViT
 
@@ -40,3 +42,22 @@ def set_small_sizes(cfg):
     vit, mvit = cfg.MODEL.REV_VIT, cfg.MODEL.REV_MVIT
     vit.EMBED_DIM, vit.DEPTH, vit.NUM_HEADS, vit.PRETRAIN_IMG_SIZE = 32, 2, 2, 64
     mvit.EMBED_DIM, mvit.DEPTH, mvit.LAST_BLOCK_INDEXES, mvit.PRETRAIN_IMG_SIZE = 8, 8, (0, 2, 5, 7), 64
+
+
+def annotated_image(height, width, boxes):
+    """One image with an object in each box, annotated with all that any detector learns."""
+    generator = torch.Generator().manual_seed(0)
+    instances = Instances((height, width), gt_boxes=Boxes(boxes))
+    instances.gt_classes = torch.zeros(len(boxes), dtype=torch.long)  # Keypoint R-CNN has this class alone
+    outlines = [np.array([x0, y0, x1, y0, x1, y1, x0, y1]) for x0, y0, x1, y1 in boxes.double().tolist()]
+    instances.gt_masks = PolygonMasks([[outline] for outline in outlines])
+    middles = boxes.view(-1, 2, 2).mean(1)
+    keypoints = torch.cat([middles, torch.full((len(boxes), 1), 2.0)], 1)  # visible
+    instances.gt_keypoints = Keypoints(keypoints[:, None].repeat(1, 17, 1))
+    return {
+        "image": torch.rand(3, height, width, generator=generator) * 255,
+        "instances": instances,
+        "sem_seg": torch.randint(0, 54, (height, width), generator=generator),
+        "height": height,
+        "width": width,
+    }
