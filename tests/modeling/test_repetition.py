@@ -14,7 +14,6 @@ from small_blocks import (
     assert_as_cached,
     assert_equals_cached,
     assert_same,
-    assert_same_gradients,
     blocks,
     step,
     stream,
@@ -156,7 +155,7 @@ def test_inside_hooks_on_saved_tensors(activations, keep_attention, inside):
 
     wanted = [x, *sequence.parameters()]
     expected = torch.autograd.grad(loss_of(x), wanted)
-    assert_same_gradients(torch.autograd.grad(inside(loss_of, x), wanted), expected)
+    assert_same(torch.autograd.grad(inside(loss_of, x), wanted), expected)
 
 
 class Fails(nn.Module):
@@ -260,7 +259,7 @@ def test_recompute_each_equals_ordinary_autograd():
         given = [torch.ones_like(z) for z in y]
         results.append(torch.autograd.grad(y, wanted, given))
         assert all(bool((dz == 1).all()) for dz in given), "the caller's gradient was changed"
-    assert_same_gradients(*results)
+    assert_same(*results)
 
 
 def test_threads_that_share_a_module_leave_it_its_parameters_and_all_gradients():

@@ -12,7 +12,7 @@ from small_blocks import (
     Mlp,
     assert_as_cached,
     assert_equals_cached,
-    assert_same_gradients,
+    assert_same,
     blocks,
     stream,
 )
@@ -181,7 +181,7 @@ def test_gradients_that_torch_hands_on_unchanged_are_not_written_to(batch, F, G,
         given = [dy, dy if same_gradients else torch.ones(DIM, dtype=dy.dtype).expand_as(dy)]
         results.append(torch.autograd.grad(y, wanted, given, allow_unused=True))
         assert torch.equal(dy, stream(batch, seed=3)), "the caller's gradient was changed"
-    assert_same_gradients(*results)
+    assert_same(*results)
 
 
 def test_dropout_is_replayed_and_the_global_generator_advances_as_in_ordinary_autograd():
@@ -228,7 +228,7 @@ def test_gradients_of_some_parameters_alone(names):
         results += [torch.autograd.grad(loss, wanted, retain_graph=retain) for retain in (True, False)]
         assert all(p.grad is None for p in sequence.parameters())
     for result in results[1:]:
-        assert_same_gradients(result, results[0])
+        assert_same(result, results[0])
 
 
 def test_double_backward_raises():
