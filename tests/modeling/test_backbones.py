@@ -163,19 +163,6 @@ def test_drop_path_is_off_in_eval_mode_and_drops_branches_of_samples_in_training
     assert not torch.equal(*masks[-1])  # F and G have masks of their own
 
 
-def test_rev_mvit_outputs_are_ceil_of_size_over_stride():
-    model = make(RevMViT, torch.float32).eval()
-    expected = {f"scale{i}": (2 ** (i + 2), 2**i) for i in (2, 3, 4, 5)}
-    assert {name: (shape.channels, shape.stride) for name, shape in model.output_shape().items()} == expected
-    for height, width in ((64, 64), (75, 50), (33, 1), (128, 31)):
-        with torch.no_grad():
-            outputs = model(images(1, height, width, torch.float32))
-        assert list(outputs) == list(expected)
-        for y, (channels, stride) in zip(outputs.values(), expected.values(), strict=True):
-            assert y.shape == (1, channels, -(-height // stride), -(-width // stride))
-            assert y.is_contiguous()
-
-
 def test_rev_vit_pads_zeros_on_the_right_and_at_the_bottom():
     model = make(RevViT, torch.float32).eval()
     x = images(1, 60, 41, torch.float32)
@@ -201,13 +188,6 @@ def test_position_embedding_is_exact_at_the_pretraining_size_and_interpolated_el
     assert hw == (8, 16)
     # A ramp along the height stays one, whatever the width.
     torch.testing.assert_close(wide.view(8, 16, 16)[:, :, 0], exact.view(8, 8, 16)[:, :1, 0].expand(8, 16))
-
-
-def test_fewer_stages_number_their_scales_from_two():
-    model = make(
-        RevMViT, torch.float32, depth=6, last_block_indexes=(0, 2, 5), out_features=("scale4", "scale2")
-    )
-    assert list(model(images(1, 64, 64, torch.float32))) == ["scale2", "scale4"]
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ import sys
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, ViT, build_backbone
 from detectron2.structures import ImageList
 from small_backbones import set_small_sizes
 
 from rev_det import add_rev_det_config
-from rev_det.modeling import RevMViT, RevViT
+from rev_det.modeling import RevMViT, RevViT, build
 
 SCALES = ["scale2", "scale3", "scale4", "scale5"]
 LEVELS = ["p2", "p3", "p4", "p5", "p6", "p7"]
@@ -40,16 +41,17 @@ def nano_config(name, *changes):
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_every_builder_trains_every_parameter_at_any_size(name):
+@pytest.mark.parametrize("size", [(90, 131), (33, 1)])
+def test_every_builder_trains_every_parameter_at_any_size(name, size):
     backbone = build_backbone(nano_config(name))
-    x = torch.randn(1, 3, 90, 131)
-    outputs = backbone(x)
+    outputs = backbone(torch.randn(1, 3, *size))
     assert list(outputs) == list(backbone.output_shape()) == BUILDERS[name]
+    if "fpn" in name:
+        size = [-(-n // 32) * 32 for n in size]
     for key, shape in backbone.output_shape().items():
-        y = outputs[key]
         # The plain backbones round up; the pyramids pad to 32 pixels first; P6 and P7 round up once more.
-        height, width = (90, 131) if "fpn" not in name else (96, 160)
-        assert y.shape == (1, shape.channels, -(-height // shape.stride), -(-width // shape.stride)), key
+        assert outputs[key].shape == (1, shape.channels, *(-(-n // shape.stride) for n in size)), key
+        assert outputs[key].is_contiguous()
     sum(y.square().sum() for y in outputs.values()).backward()
     assert not [n for n, p in backbone.named_parameters() if p.grad is None]
     if "fpn" in name:  # a detector pads its images to multiples of 32 pixels
@@ -70,40 +72,16 @@ def test_three_stages_end_at_p4_with_detectron2s_max_pool_above():
 
 
 @pytest.mark.parametrize("cls, node", [(RevViT, "REV_VIT"), (RevMViT, "REV_MVIT")])
-def test_the_config_holds_every_constructor_argument_with_its_default(cls, node):
-    cfg = get_cfg()
+def test_every_constructor_argument_is_a_key_of_the_config_with_its_default(cls, node, monkeypatch):
+    defaults = {name: p.default for name, p in inspect.signature(cls).parameters.items()}
+    cfg, images = get_cfg(), ShapeSpec(channels=3)
     add_rev_det_config(cfg)
-    arguments = {k: p.default for k, p in inspect.signature(cls).parameters.items()}
-    shared = {"activations", "transitions", "keep_attention", "freeze_at", "termination", "inner_residual"}
-    shared &= set(arguments)
-    from_input = {"in_chans"}
-    for key in shared:
-        assert cfg.MODEL.REV[key.upper()] == arguments[key], key
-    own = {k.upper(): v for k, v in arguments.items() if k not in shared | from_input}
-    assert dict(cfg.MODEL[node]) == own
-
-
-def test_values_of_the_config_reach_the_backbone():
-    backbone = build_backbone(
-        nano_config(
-            "build_rev_mvit_backbone",
-            *("MODEL.REV.ACTIVATIONS", "checkpoint"),
-            *("MODEL.REV.TRANSITIONS", "cached"),
-            *("MODEL.REV.KEEP_ATTENTION", False),
-            *("MODEL.REV.FREEZE_AT", 2),
-            *("MODEL.REV.TERMINATION", "norm-concat"),
-            *("MODEL.REV.INNER_RESIDUAL", True),
-            *("MODEL.REV_MVIT.FUSION", "max"),
-            *("MODEL.REV_MVIT.DROP_PATH_RATE", 0.3),
-        )
-    )
-    assert (backbone.activations, backbone.checkpoint_transitions) == ("checkpoint", False)
-    assert not backbone.keep_attention
-    assert backbone.drop_path_rates[-1] == 0.3
-    first, second, *_ = backbone.blocks
-    assert not first.F.norm.weight.requires_grad and second.F.norm.weight.requires_grad
-    assert backbone.scale2_norm.termination == "norm-concat"
-    assert first.F.inner_residual and type(second.fuse).__name__ == "MaxFusion"
+    construct = getattr(build, node.lower())
+    monkeypatch.setattr(build, cls.__name__, dict)  # instead of a backbone its arguments
+    assert construct(cfg, images) == defaults
+    for keys in (cfg.MODEL.REV, cfg.MODEL[node]):
+        keys.update({key: key for key in keys})
+    assert construct(cfg, images) == {name: name.upper() for name in defaults} | {"in_chans": 3}
 
 
 MVIT = "MODEL.REV_MVIT."

@@ -1,6 +1,6 @@
 """At 1333 x 800 in bfloat16, nothing that a detector places moves: not RoIs, boxes, masks or keypoints.
 
-What is checked reaches the operator, or is what it returns; what it ought to be is computed in float64.
+What is checked reaches the operator, or is what it returns.
 """
 
 import copy
@@ -102,8 +102,6 @@ class Record(TorchDispatchMode):
         super().__init__()
         self.moved = {}
         convert, sample_grid = poolers.convert_boxes_to_pooler_format, functional.grid_sample
-        Transform, Linear = box_regression.Box2BoxTransform, box_regression.Box2BoxTransformLinear
-        r_cnn, fcos = Transform.apply_deltas, Linear.apply_deltas
 
         def rois(boxes):
             self.rois = convert(boxes)
@@ -117,20 +115,20 @@ class Record(TorchDispatchMode):
                     self.add("masks", (line - line[0]) / step - torch.arange(len(line)))
             return sample_grid(masks, grid, **options)
 
-        def apply_deltas(transform, deltas, boxes):
-            result = r_cnn(transform, deltas, boxes)
-            self.add("boxes", result - decoded(transform, deltas.double(), boxes.double()))
-            return result
+        def watch_boxes(transform):
+            stock = transform.apply_deltas
 
-        def apply_linear_deltas(transform, deltas, boxes):
-            result = fcos(transform, deltas, boxes)
-            self.add("boxes", result - decoded_linearly(deltas.double(), boxes.double()))
-            return result
+            def apply_deltas(self_, deltas, boxes):
+                result = stock(self_, deltas, boxes)
+                self.add("boxes", result - stock(self_, deltas.float(), boxes.float()))
+                return result
 
+            monkeypatch.setattr(transform, "apply_deltas", apply_deltas)
+
+        watch_boxes(box_regression.Box2BoxTransform)
+        watch_boxes(box_regression.Box2BoxTransformLinear)
         monkeypatch.setattr(poolers, "convert_boxes_to_pooler_format", rois)
         monkeypatch.setattr(functional, "grid_sample", grid_sample)
-        monkeypatch.setattr(Transform, "apply_deltas", apply_deltas)
-        monkeypatch.setattr(Linear, "apply_deltas", apply_linear_deltas)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.torchvision.roi_align.default and len(args[1]):
@@ -141,22 +139,6 @@ class Record(TorchDispatchMode):
 
     def add(self, kind, distances):
         self.moved[kind] = max(self.moved.get(kind, 0.0), distances.abs().max().item())
-
-
-def decoded(transform, deltas, boxes):
-    """Boxes from R-CNN's deltas. (N, 4 K), (N, 4) -> (N, 4 K)."""
-    low, high = boxes[:, None].chunk(2, dim=2)
-    shift, growth = (deltas.unflatten(1, (-1, 4)) / torch.tensor(transform.weights)).chunk(2, dim=2)
-    centers = (low + high) / 2 + shift * (high - low)
-    halves = growth.clamp(max=transform.scale_clamp).exp() * (high - low) / 2
-    return torch.cat([centers - halves, centers + halves], 2).flatten(1)
-
-
-def decoded_linearly(deltas, boxes):
-    """Boxes from FCOS's deltas: distances from a point, in units of the stride. (N, 4), (N, 4) -> (N, 4)."""
-    low, high = boxes.chunk(2, dim=1)
-    before, after = (deltas.clamp(min=0) * (high - low).repeat(1, 2)).chunk(2, dim=1)
-    return torch.cat([(low + high) / 2 - before, (low + high) / 2 + after], 1)
 
 
 def off_the_grid(instances):
