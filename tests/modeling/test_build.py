@@ -8,7 +8,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, ViT, build_backbone
+from detectron2.modeling import BACKBONE_REGISTRY, MViT, ViT, build_backbone
 from detectron2.structures import ImageList
 from small_backbones import set_small_sizes
 
@@ -231,16 +231,24 @@ def test_baselines_refuse_the_same_sizes(family, key, value):
         build_backbone(nano_config(f"build_baseline_{family.lower()}_fpn_backbone", key, value))
 
 
-def test_the_baseline_of_a_seed_is_what_detectron2_makes_of_it():
+@pytest.mark.parametrize("family", ["vit", "mvit"])
+def test_the_baseline_of_a_seed_is_what_detectron2_makes_of_it(family):
     """Checking the sizes draws no random numbers."""
     pytest.importorskip("timm")
     torch.manual_seed(0)
-    baseline = build_backbone(nano_config("build_baseline_vit_fpn_backbone")).net
+    pyramid = build_backbone(nano_config(f"build_baseline_{family}_fpn_backbone"))
     torch.manual_seed(0)
-    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "pretrain_img_size": 64}
-    stock = ViT(img_size=64, pretrain_use_cls_token=False, **sizes).state_dict()
-    assert stock.keys() == baseline.state_dict().keys()
-    assert all(torch.equal(value, stock[key]) for key, value in baseline.state_dict().items())
+    options = {"img_size": 64, "pretrain_img_size": 64, "pretrain_use_cls_token": False, "use_abs_pos": True}
+    if family == "vit":
+        baseline, stock = pyramid.net, ViT(embed_dim=32, depth=2, num_heads=2, **options)
+    else:
+        options |= {"adaptive_window_size": 0, "residual_pooling": False, "use_rel_pos": False}
+        sizes = {"embed_dim": 8, "depth": 8, "last_block_indexes": (0, 2, 5, 7)}
+        baseline, stock = pyramid.bottom_up, MViT(**sizes, **options)
+    x = torch.randn(1, 3, 64, 96)
+    for found, expected in ((baseline.state_dict(), stock.state_dict()), (baseline(x), stock(x))):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
 def test_a_baseline_without_timm_says_how_to_get_it(monkeypatch):
