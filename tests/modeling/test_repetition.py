@@ -216,9 +216,8 @@ def test_linear_layers_have_their_weights_cast_and_float32_gradients(shared):
         assert torch.equal(y, expected)
     grads = torch.autograd.grad(y.float().sin().sum(), wanted)
     expected_grads = torch.autograd.grad(expected.float().sin().sum(), wanted)
-    for grad, expected_grad in zip(grads, expected_grads, strict=True):
-        assert grad.dtype == torch.float32
-        torch.testing.assert_close(grad, expected_grad, rtol=1e-2, atol=1e-2)
+    assert all(grad.dtype == torch.float32 for grad in grads)
+    assert_same(grads, expected_grads, tolerance=1e-2)
     ordinary, copied = (torch.float32, torch.float32), (torch.bfloat16, torch.float32)
     assert module.seen == [copied, ordinary, copied]
 

@@ -92,13 +92,10 @@ def test_empty_streams_have_empty_or_zero_gradients(shape, activations, keep_att
     assert all(p.grad is not None and not p.grad.any() for p in sequence.parameters())
 
 
-@pytest.mark.parametrize(
-    "before, frozen",
-    [
-        *(("forward", blocks) for blocks in [(0,), (0, 1), (1,), (2,)]),
-        *(("backward", blocks) for blocks in [(0,), (1, 2), (0, 1, 2)]),
-    ],
-)
+FROZEN = {"forward": [(0,), (0, 1), (1,), (2,)], "backward": [(0,), (1, 2), (0, 1, 2)]}
+
+
+@pytest.mark.parametrize("before, frozen", [(key, blocks) for key in FROZEN for blocks in FROZEN[key]])
 def test_blocks_frozen_before_the_forward_or_the_backward_pass(before, frozen):
     """The streams are without a gradient, too."""
 
@@ -302,24 +299,28 @@ def test_activation_memory_is_flat_in_depth():
     assert held("cached", 12) > 5 * held("cached", 2)
 
 
-def test_errors_name_what_is_wrong():
-    with pytest.raises(
-        ValueError, match="activations must be one of reversible, cached, checkpoint; got 'revers'"
-    ):
-        ReversibleSequence(blocks(1), "revers")
-    with pytest.raises(ValueError, match="at least one block"):
-        ReversibleSequence([])
-    with pytest.raises(ValueError, match="block 1 .* Linear, must have submodules F and G"):
-        ReversibleSequence([*blocks(1), nn.Linear(2, 2)])
-    sequence = ReversibleSequence(blocks(2))
+@pytest.mark.parametrize(
+    "body, options, message",
+    [
+        (blocks(1), ["revers"], "activations must be one of reversible, cached, checkpoint; got 'revers'"),
+        ([], [], "at least one block"),
+        ([*blocks(1), nn.Linear(2, 2)], [], "block 1 .* Linear, must have submodules F and G"),
+    ],
+)
+def test_sequences_that_cannot_be_are_named(body, options, message):
+    with pytest.raises(ValueError, match=message):
+        ReversibleSequence(body, *options)
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_inputs_that_cannot_be_are_named(activations):
     x = stream()
-    with pytest.raises(ValueError, match="must have one shape"):
-        sequence(x, x[:1])
-    with pytest.raises(ValueError, match="one .* for each of 2 blocks, got 1"):
-        sequence(x, x, masks=[(None, None)])
-    with pytest.raises(ValueError, match=r"mask must have shape \(2,\), got \(3,\)"):
-        sequence(x, x, masks=[(torch.ones(3), None)] * 2)
-    for activations in ACTIVATIONS:
-        body = blocks(1, G=lambda: nn.Linear(DIM, DIM + 1))
-        with pytest.raises(ValueError, match="must keep the shape"):
-            ReversibleSequence(body, activations)(x, x)
+    sequence = ReversibleSequence(blocks(2, G=lambda: nn.Linear(DIM, DIM + 1)), activations)
+    for x2, masks, message in (
+        (x[:1], None, "must have one shape"),
+        (x, [(None, None)], "one .* for each of 2 blocks, got 1"),
+        (x, [(torch.ones(3), None)] * 2, r"mask must have shape \(2,\), got \(3,\)"),
+        (x, None, "must keep the shape"),  # what G returns
+    ):
+        with pytest.raises(ValueError, match=message):
+            sequence(x, x2, masks=masks)
