@@ -13,12 +13,11 @@ import torch
 from detectron2 import model_zoo as stock
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone, build_model
-from rev_det.checkpoint.geometry import read_geometry
 
 from rev_det import add_rev_det_config, model_zoo
 from rev_det.checkpoint import RevCheckpointer
 from rev_det.checkpoint.layouts import backbone_prefix
-from rev_det.checkpoint.named import PUBLISHED
+from rev_det.checkpoint.named import PUBLISHED, read_geometry
 from rev_det.config_files import default_config
 from rev_det.modeling.fusion import FUSIONS, TERMINATIONS
 

@@ -19,8 +19,8 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..checkpoint.named import NAMED_MODELS
-    from ..rules import check_count
     from ..classify import find_validation_images, load_classifier, predict, read_labels
+    from ..rules import check_count
 
     if bool(args.images) == (args.imagenet is not None):
         raise ValueError("name either IMAGE files to classify or --imagenet DIR to measure the accuracy on")

@@ -26,7 +26,7 @@ from ..data.images import check_extent
 from ..devices import check_device, device_settings, is_out_of_memory
 from ..engine import Precision, build_detector, load_config
 from ..model_zoo import find_config_file
-from ..rules import check_choice, check_count
+from ..rules import check_choice
 from .classes import classes_of_config, classes_of_json, named_classes
 from .inputs import Frame, Source, read_frames
 
@@ -106,17 +106,9 @@ class Origin:
             device: for ``MODEL.DEVICE``.
 
         Raises:
-            FileNotFoundError, ValueError: see `rev_det.engine.load_config`; or the sizes of images cannot be.
+            FileNotFoundError, ValueError: see `rev_det.engine.load_config`.
         """
-        cfg = load_config(self.config_file, [*opts, *_NO_TRAINING, "MODEL.DEVICE", device])
-        for key, minimum in (("MIN_SIZE_TEST", 0), ("MAX_SIZE_TEST", 1)):  # 0: images are not resized
-            check_count(f"INPUT.{key}", cfg.INPUT[key], minimum)
-        side = min(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-        try:
-            check_extent(side, side)
-        except ValueError as error:
-            raise ValueError(f"INPUT.MIN_SIZE_TEST resizes every image too much: {error}") from error
-        return cfg
+        return load_config(self.config_file, [*opts, *_NO_TRAINING, "MODEL.DEVICE", device])
 
     def load_model(self, cfg: CfgNode, classes: list[str] | None = None) -> tuple[nn.Module, dict[str, Any]]:
         """Build the detector and load its weights, all of which must be there.

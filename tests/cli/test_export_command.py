@@ -78,8 +78,14 @@ def test_a_check_without_detections_is_said_to_be_little(run, capsys):
         (["--image", "gone.png"], "gone.png"),
         (["--image", "config.yaml"], "--image config.yaml cannot be read"),
         (["--part", "backbone", "--size", "100", "100"], "must be multiples of 32"),
-        (["--image", "/dev/null"], "--image /dev/null cannot be read: it is no regular file"),
-        (["INPUT.MIN_SIZE_TEST", "-5"], "INPUT.MIN_SIZE_TEST must be a whole number of at least 0, got -5"),
+        (
+            ["--image", "/dev/null"],
+            "--image /dev/null cannot be read: /dev/null is a pipe or a device, not a file",
+        ),
+        (
+            ["INPUT.MIN_SIZE_TEST", "-5"],
+            "INPUT.MIN_SIZE_TEST must be a whole number of at least 0 and at most 9459, got -5",
+        ),
         (["--output", "weights.ts", "--weights", "weights.ts"], "would overwrite weights.ts, which is read"),
         (["--output", "/proc/a.ts"], "--output /proc/a.ts cannot be written to the folder /proc"),
         (["MODEL.NO_KEY", "1"], "there is no config key MODEL.NO_KEY"),

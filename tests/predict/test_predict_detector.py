@@ -234,11 +234,11 @@ def test_mixed_precision_is_only_on_request_on_the_cpu(nano_run, amp, dtype):
         ({"device": "cuda:99"}, "--device is 'cuda:99'; allowed on this machine are .*cpu"),
         ({"opts": ["MODEL.NOTHING", "1"]}, "no config key MODEL.NOTHING"),
         ({"opts": ["INPUT.FORMAT", "L"]}, "INPUT.FORMAT is 'L'; allowed are 'RGB', 'BGR'"),
-        ({"opts": ["INPUT.MIN_SIZE_TEST", "-5"]}, "INPUT.MIN_SIZE_TEST must be .* at least 0, got -5"),
-        ({"opts": ["INPUT.MAX_SIZE_TEST", "0"]}, "INPUT.MAX_SIZE_TEST must be .* at least 1, got 0"),
+        ({"opts": ["INPUT.MIN_SIZE_TEST", "-5"]}, "INPUT.MIN_SIZE_TEST must be .* at least 0 .*, got -5"),
+        ({"opts": ["INPUT.MAX_SIZE_TEST", "0"]}, "INPUT.MAX_SIZE_TEST must be .* at least 1 .*, got 0"),
         (
             {"opts": ["INPUT.MIN_SIZE_TEST", "100000", "INPUT.MAX_SIZE_TEST", "100000"]},
-            "INPUT.MIN_SIZE_TEST resizes every image too much: it has 100000 x 100000 pixels",
+            "INPUT.M.._SIZE_TEST must be .*, got 100000",
         ),
         ({"opts": ["MODEL.ROI_HEADS.NAME", "NoHeads"]}, "cannot be built: .*NoHeads"),
         (
