@@ -131,7 +131,7 @@ def test_files_that_cannot_be_used_are_named_and_skipped(nano_run, photos, tmp_p
     assert f"  {photos}/3.png: cannot identify image file as BMP" in err
     assert "/1.png: it has 900 x 2 pixels; reduced to 96, nothing is left of its shorter side" in err
     assert "/2.png: it has 200 x 100 pixels, more than 0 million pixels, or 65500 a side" in err
-    assert "/fifo.png: it is no regular file" in err and "/dev/null: it is no regular file" in err
+    assert "/fifo.png is a pipe or a device, not a file" in err and "/dev/null is a pipe or a device" in err
     assert [i["id"] for i in json.loads((tmp_path / "out/images.json").read_text())["images"]] == [1]
 
 
