@@ -8,37 +8,45 @@ ARGS ?=
 DEMO = train_net.py --config-file configs/Quickstart/mask_rcnn_rev_mvit_nano_fpn.yaml
 
 VENV_PYTHON = $(VENV)/bin/python
-# An environment that is there sets itself up, so that the system's Python may be too old or absent.
-RUNNER := $(if $(shell test -x $(VENV_PYTHON) && echo there),$(VENV_PYTHON),$(PYTHON))
-# Of `make gpu`, which installs nothing: the PYTHON that is given, otherwise as above.
-GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(RUNNER),$(PYTHON))
-# Here and not in the installer, because an old Python cannot even read that.
-CHECK = import sys; v = sys.version_info; sys.exit('error: rev_det needs Python 3.10 or newer, $(RUNNER) is \
-	%d.%d; name another: make PYTHON=python3.11' % v[:2] if v < (3, 10) else 0)
-define run_installer
-	@command -v $(RUNNER) >/dev/null || { echo "error: there is no $(RUNNER); name your Python 3.10 or newer:" \
-	  "make PYTHON=/path/to/python3" >&2; exit 2; }
-	@$(RUNNER) -c "$(CHECK)"
-	@$(RUNNER) tools/setup_env.py --venv $(VENV)
+# Says that VENV is complete, so that demo, test and docs need not look; setup always does.
+READY = $(VENV)/.rev_det-ready
+define install
+	$(VENV_PYTHON) tools/setup_env.py
+	@touch $(READY)
 endef
+# Of `make gpu`, which installs nothing: the PYTHON that is given, otherwise that of VENV if it is there.
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(VENV_PYTHON)),$(PYTHON)),$(PYTHON))
+CHECK = import sys; v = sys.version_info; sys.exit('error: rev_det needs Python 3.10 or newer, $(PYTHON) is \
+	%d.%d; name another: make PYTHON=python3.11' % v[:2] if v < (3, 10) else 0)
 
-# lint and test set up the same environment
+# lint and test make the same environment
 .NOTPARALLEL:
 .PHONY: help setup demo test test-slow gpu lint format lint-setup docs clean
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-setup: ## make the environment VENV, or add what an existing one lacks
-	$(run_installer)
+setup: | $(VENV_PYTHON) ## make the environment VENV, or add what an existing one lacks
+	$(install)
 
-demo: setup ## train the nano Rev-MViT Mask R-CNN on generated shapes: minutes on a laptop CPU
+$(READY): setup.py tools/setup_env.py tools/detectron2.txt | $(VENV_PYTHON)
+	$(install)
+
+$(VENV_PYTHON):
+	@command -v $(PYTHON) >/dev/null || { echo "error: there is no $(PYTHON); name your Python 3.10 or newer:" \
+	  "make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) -c "$(CHECK)"
+	@test ! -e $(VENV) || rmdir $(VENV) 2>/dev/null || { echo "error: $(VENV) is there but has no working" \
+	  "bin/python: remove it, or name an environment with VENV=" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
+
+demo: $(READY) ## train the nano Rev-MViT Mask R-CNN on generated shapes: minutes on a laptop CPU
 	$(VENV_PYTHON) $(DEMO) $(ARGS)
 
-test: setup ## run the tests that take seconds
+test: $(READY) ## run the tests that take seconds
 	$(VENV_PYTHON) -m pytest -m "not slow" $(ARGS)
 
-test-slow: setup ## run the tests that take minutes
+test-slow: $(READY) ## run the tests that take minutes
 	$(VENV_PYTHON) -m pytest -m slow $(ARGS)
 
 gpu: ## measure on a GPU what docs/gpu.md lists: PARTS="doctor tests" GPU_DATA=folder FORCE=1 MINUTES=5
@@ -53,10 +61,10 @@ format: lint-setup ## bring the code into that form
 	$(VENV_PYTHON) -m ruff format .
 	$(VENV_PYTHON) -m ruff check --fix .
 
-lint-setup:
-	$(run_installer) --lint
+lint-setup: | $(VENV_PYTHON)
+	@$(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check "$(shell grep -o 'ruff[^"]*' setup.py)"
 
-docs: setup ## build the documentation into build/docs
+docs: $(READY) ## build the documentation into build/docs
 	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --clean
 
 clean: ## remove caches and build products; the environment and output/ stay

@@ -12,6 +12,7 @@ import difflib
 import importlib
 import importlib.metadata
 import inspect
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -400,8 +401,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(list(sys.argv[1:] if argv is None else argv))
     # Read when torch is imported: threads that wait for work shall sleep, as train_net.py explains.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Names of files need not be UTF-8; what cannot be printed of them is printed as its code.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        from rev_det.advice import hide_advice
+        from rev_det.warning_filters import hide_advice
 
         hide_advice()
         code = importlib.import_module(f"rev_det.cli.{args.command}").run(args)
@@ -446,7 +451,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
 def _obstacle(command: str, error: Exception) -> str:
     """What in the environment stopped a command, and what to do; nothing for a mistake of ours."""
     from rev_det import modeling
-    from rev_det.checks import is_out_of_memory
+    from rev_det.devices import is_out_of_memory
 
     try:
         modeling.RevViT  # noqa: B018  (raises what importing Detectron2 has raised, in words)

@@ -1,4 +1,4 @@
-"""Packaging of rev_det.
+"""Packaging of rev_det; all that is known of the packages it needs stands here.
 
 Detectron2 is not among the requirements, as it has no release on PyPI: ``make setup`` or the README's command
 installs it.
@@ -12,15 +12,16 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
-# REQUIRES and EXTRAS stay plain literals: tools/setup_env.py reads them without running this file.
-# The tests were run with all lower bounds at once, under Python 3.10. setuptools has an upper bound because
-# Detectron2 imports its pkg_resources, due to go with release 81.
+# Four packages provide the same cv2, and an environment should hold only one: this names the one it has.
+OPENCV = os.environ.get("REV_DET_OPENCV", "opencv-python")
+
+# The tests were run with all lower bounds at once, under Python 3.10.
 REQUIRES = [
     "torch>=2.6",
     "torchvision>=0.21",
     "numpy>=1.23.5",
     "Pillow>=9.1",
-    "opencv-python>=4.6",
+    f"{OPENCV}>=4.6",
     "pycocotools>=2.0.6",
     "fvcore>=0.1.5.post20221221",
     "iopath>=0.1.9",
@@ -30,21 +31,24 @@ REQUIRES = [
     "shapely>=2.0",
     "rich>=13.0",
     "tqdm>=4.64",
-    # the page of a training run; brings MarkupSafe
+    "PyYAML>=5.1",
     "Jinja2>=3.1",
-    # what Detectron2 itself needs at run time
-    "yacs>=0.1.8",
-    "termcolor>=1.1",
-    "tabulate>=0.8.9",
-    "cloudpickle>=2.0",
-    "tensorboard>=2.10",
-    "omegaconf>=2.1.1,<2.4",
-    "hydra-core>=1.1",
-    "packaging>=21.0",
-    "setuptools<81",
+    "tabulate>=0.9",
 ]
 EXTRAS = {
-    "dev": ["pytest>=7.4", "ruff>=0.15,<0.18", "wheel>=0.40"],
+    "dev": ["pytest>=7.4", "ruff>=0.15,<0.18", "setuptools>=64", "wheel>=0.40"],
+    # What Detectron2 itself needs when it runs, for one that was installed without its dependencies. It
+    # imports pkg_resources, which setuptools no longer has from release 81 on.
+    "detectron2": [
+        "yacs>=0.1.8",
+        "termcolor>=1.1",
+        "cloudpickle>=2.0",
+        "tensorboard>=2.10",
+        "omegaconf>=2.1.1,<2.4",
+        "hydra-core>=1.1",
+        "packaging>=21.0",
+        "setuptools<81",
+    ],
     # Detectron2's own ViT and MViT, to compare with
     "baselines": ["timm>=0.9.12"],
     # a faster COCO evaluation than pycocotools, with equal numbers
@@ -60,31 +64,11 @@ EXTRAS = {
     ],
 }
 
-# All four provide the same cv2 folder: an environment should hold only one of them.
-OPENCV = (
-    "opencv-python",
-    "opencv-python-headless",
-    "opencv-contrib-python",
-    "opencv-contrib-python-headless",
-)
-
 
 def read_version() -> str:
     """The version in ``rev_det/__init__.py``, read without importing it: torch may not be there yet."""
     source = (ROOT / "rev_det" / "__init__.py").read_text(encoding="utf-8")
     return re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE).group(1)
-
-
-def requirements() -> list[str]:
-    """`REQUIRES`, with the OpenCV package that the environment variable REV_DET_OPENCV names, if any.
-
-    Raises:
-        ValueError: REV_DET_OPENCV names something else.
-    """
-    opencv = os.environ.get("REV_DET_OPENCV") or "opencv-python"
-    if opencv not in OPENCV:
-        raise ValueError(f"REV_DET_OPENCV is {opencv!r}; leave it unset, or use one of {', '.join(OPENCV)}")
-    return [re.sub(r"^opencv-python(?=>)", opencv, line) for line in REQUIRES]
 
 
 setup(
@@ -100,8 +84,8 @@ setup(
     packages=[*find_packages(include=["rev_det", "rev_det.*"]), "rev_det.configs"],
     py_modules=["rev_det_cli"],
     package_dir={"rev_det.configs": "configs"},
-    package_data={"rev_det.configs": ["**/*.yaml"], "rev_det.report": ["page.html", "page.css"]},
-    install_requires=requirements(),
+    package_data={"rev_det": ["report.html"], "rev_det.configs": ["**/*.yaml"]},
+    install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["rev-det = rev_det_cli:main"]},
     classifiers=[

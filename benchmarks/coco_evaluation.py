@@ -4,9 +4,8 @@
     python benchmarks/coco_evaluation.py --json benchmarks/results/coco_evaluation.json
 
 The set and its detections are drawn: 5000 images of 640 x 480 with 7.3 instances on average in 80 classes,
-as in COCO's val2017. With --annotations the images of a real file are used, repeated up to that number. What
-is timed is what Detectron2's evaluator does once per task: index the detections, evaluate, accumulate,
-summarise.
+as in COCO's val2017. What is timed is what Detectron2's evaluator does once per task: index the detections,
+evaluate, accumulate, summarise.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ import argparse
 import contextlib
 import copy
 import io
-import json
-import os
 import shlex
 import sys
 import time
@@ -31,8 +28,8 @@ from detectron2.evaluation import coco_evaluation
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from rev_det.analysis.report import describe_machine, save_json
 from rev_det.files import check_output
+from rev_det.memory.table import describe_machine, save_json
 
 TASKS = ("bbox", "segm")
 HEIGHT, WIDTH, NUM_CLASSES = 480, 640, 80
@@ -46,18 +43,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=5000, help="default: %(default)s")
-    parser.add_argument("--annotations", metavar="FILE", help="a real file in COCO's format to draw from")
     parser.add_argument("--repeats", type=int, default=3, help="the least time counts (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     args = parser.parse_args()
     check_output(args.json)
 
     rng = np.random.default_rng(0)
-    if args.annotations:
-        with open(args.annotations, encoding="utf-8") as file:
-            dataset = repeated(json.load(file), args.images)
-    else:
-        dataset = draw_dataset(args.images, rng)
+    dataset = draw_dataset(args.images, rng)
     detections = draw_detections(dataset, rng)
     sys.stdout.write(f"{args.images} images, {len(detections)} detections\n")
     seconds: dict[str, dict[str, dict[str, float]]] = {}
@@ -67,27 +59,18 @@ def main() -> None:
         rows = ", ".join(f"{name} {least['wall']:.1f} s" for name, least in seconds[task].items())
         sys.stdout.write(f"{task}: {rows}; largest difference {differences[task]:.1e}\n")
     if args.json:
-        # Where the annotations lie concerns nobody.
-        words = [os.path.basename(word) if word == args.annotations else word for word in sys.argv[1:]]
-        packages = (detectron2, faster_coco_eval, np)
-        save_json(
-            args.json,
-            {
-                "command": shlex.join(["python", "benchmarks/coco_evaluation.py", *words]),
-                "machine": describe_machine(None)
-                | {package.__name__: package.__version__ for package in packages}
-                | {"pycocotools": version("pycocotools")},
-                "data": {
-                    "images": len(dataset["images"]),
-                    "classes": len(dataset["categories"]),
-                    "instances": len(dataset["annotations"]),
-                    "detections": len(detections),
-                },
-                "seconds, the least of all runs": seconds,
-                "runs": args.repeats,
-                "largest difference of precision and recall": differences,
-            },
-        )
+        packages = {m.__name__: m.__version__ for m in (detectron2, faster_coco_eval, np)}
+        numbers = {"images": len(dataset["images"]), "classes": NUM_CLASSES}
+        numbers |= {"instances": len(dataset["annotations"]), "detections": len(detections)}
+        content = {
+            "command": shlex.join(["python", "benchmarks/coco_evaluation.py", *sys.argv[1:]]),
+            "machine": describe_machine(None) | packages | {"pycocotools": version("pycocotools")},
+            "data": numbers,
+            "seconds, the least of all runs": seconds,
+            "runs": args.repeats,
+            "largest difference of precision and recall": differences,
+        }
+        save_json(args.json, content)
 
 
 def implementations() -> dict[str, type[COCOeval]]:
@@ -153,20 +136,6 @@ def draw_dataset(num_images: int, rng: np.random.Generator) -> dict[str, Any]:
         "categories": [{"id": key, "name": f"class {key}"} for key in range(1, NUM_CLASSES + 1)],
         "annotations": annotations,
     }
-
-
-def repeated(dataset: dict[str, Any], num_images: int) -> dict[str, Any]:
-    """The images of a set over and over, up to a number."""
-    by_image: dict[int, list[dict]] = {}
-    for annotation in dataset["annotations"]:
-        by_image.setdefault(annotation["image_id"], []).append(annotation)
-    images, annotations = [], []
-    for index in range(num_images):
-        image = dataset["images"][index % len(dataset["images"])]
-        images.append(image | {"id": index + 1})
-        for annotation in by_image.get(image["id"], []):
-            annotations.append(annotation | {"id": len(annotations) + 1, "image_id": index + 1})
-    return dataset | {"images": images, "annotations": annotations}
 
 
 def draw_detections(dataset: dict[str, Any], rng: np.random.Generator) -> list[dict[str, Any]]:

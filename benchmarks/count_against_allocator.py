@@ -27,24 +27,23 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rev_det.analysis import cost, counting
-from rev_det.analysis.cases import DTYPES, Case, Counting, configured, read_config
-from rev_det.analysis.counting import GIB
-from rev_det.analysis.detector import DetectorStep
-from rev_det.analysis.measure import BackboneStep
-from rev_det.analysis.peers import (
-    CACHED,
-    CHECKPOINT,
-    CHECKPOINT_KEPT,
-    MODELS,
-    REVERSIBLE,
-    REVERSIBLE_KEPT,
-    build,
-)
-from rev_det.analysis.report import COUNTED, MEASURED, Figure, Report, Row, describe_machine
+from rev_det.comparison.cases import Case, Counting, training_step
+from rev_det.comparison.models import CACHED, CHECKPOINT, CHECKPOINT_KEPT, MODELS, REVERSIBLE, REVERSIBLE_KEPT
+from rev_det.engine.model_config import read_config
 from rev_det.files import check_output
+from rev_det.memory import cost, counting
+from rev_det.memory.counting import GIB
+from rev_det.memory.table import (
+    COUNTED,
+    MEASURED,
+    Figure,
+    Row,
+    describe_machine,
+    print_rows,
+    save_json,
+)
 
-SCHEMES = (CACHED, CHECKPOINT, CHECKPOINT_KEPT, REVERSIBLE, REVERSIBLE_KEPT)
+TRAININGS = (CACHED, CHECKPOINT, CHECKPOINT_KEPT, REVERSIBLE, REVERSIBLE_KEPT)
 BACKBONES = (("rev_mvit_b", (800, 1344)), ("rev_vit_b", (1024, 1024)))
 DETECTORS = (
     ("mask_rcnn_rev_mvit_b_fpn_3x", (800, 1344)),
@@ -137,53 +136,46 @@ def _over(sizes, stride) -> Iterator[float]:
 
 def compare(case: Case) -> Row:
     """One case, counted and allocated."""
+    is_whole, with_cudnn = case.model is None, torch.backends.cudnn.enabled
     decisions = Decisions()
     # On CUDA classes are kept apart by shifting their boxes; so they are here.
     shifted = mock.patch.object(
         torchvision.ops.boxes, "_batched_nms_vanilla", torchvision.ops.boxes._batched_nms_coordinate_trick
     )
     torch.manual_seed(0)
-    convolutions = nullcontext() if torch.backends.cudnn.enabled else convolutions_without_cudnn()
-    with shifted, convolutions, decisions if case.model is None else nullcontext():
-        count = Counting().count(case)
-    peak, before = allocated(case, decisions.record)
-    total = count.total if case.model is None else count.peak
-    reached = peak if case.model is None else peak - before
+    convolutions = nullcontext() if with_cudnn else convolutions_without_cudnn()
+    with shifted, convolutions, decisions if is_whole else nullcontext():
+        counted = Counting().count(case)
+    allocated = allocated_bytes(case, decisions.record)
+    nbytes = counted.total if is_whole else counted.peak
     row = Row(case.labels)
     row.figures = {
-        "counted": Figure(total / GIB, "GiB", COUNTED),
-        "allocated": Figure(reached / GIB, "GiB", MEASURED),
-        "counted / allocated": Figure(total / reached, "ratio", COUNTED),
+        "counted": Figure(nbytes / GIB, "GiB", COUNTED),
+        "allocated": Figure(allocated / GIB, "GiB", MEASURED),
+        "counted / allocated": Figure(nbytes / allocated, "ratio", COUNTED),
     }
-    if not torch.backends.cudnn.enabled:
+    if not with_cudnn:
         plain = Counting().count(case)
-        row.figures["counted with cuDNN"] = Figure(
-            (plain.total if case.model is None else plain.peak) / GIB, "GiB", COUNTED
-        )
+        nbytes = plain.total if is_whole else plain.peak
+        row.figures["counted with cuDNN"] = Figure(nbytes / GIB, "GiB", COUNTED)
     return row
 
 
-def allocated(case: Case, record: list[tuple]) -> tuple[int, int]:
-    """Bytes at the peak of a step on the device, and before it."""
+def allocated_bytes(case: Case, record: list[tuple]) -> int:
+    """At the peak of a step on the device; of backbones, above what exists before it."""
     torch.manual_seed(0)
     gc.collect()  # the case before: its tensors die with it
-    if case.model is None:
-        with Decisions(record):
-            step = DetectorStep(configured(case, str(DEVICE)), case.batch, case.size)
-            step.settle()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            step.run()
-    else:
-        model = build(case.model, case.scheme, case.depth, str(DEVICE))
-        step = BackboneStep(model, case.batch, case.size, DTYPES[case.dtype])
-        for _ in range(WARM_UP):
-            step.run()
-        step.release()
+    with Decisions(record) if case.model is None else nullcontext():
+        step = training_step(case, str(DEVICE))
+        step.settle()
+        if case.model is not None:
+            for _ in range(WARM_UP):
+                step.run()
+            step.release()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step.run()
-    return torch.cuda.max_memory_allocated(), before
+    return torch.cuda.max_memory_allocated() - (0 if case.model is None else before)
 
 
 def main() -> None:
@@ -195,28 +187,27 @@ def main() -> None:
     check_output(args.json)
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device")
-    cases = [
-        Case(MODELS[name].title, MODELS[name], scheme, 2, size, "bf16")
-        for name, size in BACKBONES
-        for scheme in SCHEMES
+    models = [(MODELS[name].title, MODELS[name], size, None) for name, size in BACKBONES]
+    models += [(name, None, size, read_config(name, [])) for name, size in DETECTORS]
+    rows = [
+        compare(Case(title, model, training, 2, size, "bf16", cfg=cfg))
+        for title, model, size, cfg in models
+        for training in TRAININGS
     ]
-    for name, size in DETECTORS:
-        cfg = read_config(name, [])
-        cases += [Case(name, None, scheme, 2, size, "bf16", cfg=cfg) for scheme in SCHEMES]
-    report = Report(
-        "Counted and allocated",
-        shlex.join(["python", "benchmarks/count_against_allocator.py", *sys.argv[1:]]),
-        [compare(case) for case in cases],
-        describe_machine(DEVICE) | {"cudnn": torch.backends.cudnn.enabled},
-        [
+    content = {
+        "title": "Counted and allocated",
+        "command": shlex.join(["python", "benchmarks/count_against_allocator.py", *sys.argv[1:]]),
+        "rows": rows,
+        "machine": describe_machine(DEVICE) | {"cudnn": torch.backends.cudnn.enabled},
+        "definitions": [
             "Backbones: peak above what exists before the step. Detectors: everything, weights and optimizer "
             "state included. Where cuDNN is off (see machine), convolutions are counted as PyTorch's own "
             "kernels compute them, with their copies and unfolded images."
         ],
-    )
-    report.print(Console(width=None if Console().is_terminal else 160))
+    }
+    print_rows(Console(width=None if Console().is_terminal else 160), content["title"], rows)
     if args.json:
-        report.save_json(args.json)
+        save_json(args.json, content)
     time.sleep(0.5)  # autograd's threads may still let go of the last step
 
 

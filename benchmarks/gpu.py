@@ -24,14 +24,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # The checkout is measured, whether it is installed or not.
 sys.path.insert(0, str(ROOT))
-from rev_det.analysis.report import Figure, Row, common_labels, format_value, label_text, save_json  # noqa: E402
+from gpu_parts import PARTS  # noqa: E402
+from gpu_run import Part  # noqa: E402
+
+from rev_det.memory.table import Figure, Row, common_labels, grid, label_text, save_json  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 TRIALS = ROOT / "build" / "gpu"
@@ -40,134 +42,11 @@ PAGE = ROOT / "docs" / "gpu.md"
 CARRIED_DATA = ROOT / ".gpu" / "coco_overfit12"
 # A part is told to end these seconds before it is made to.
 GRACE = 40
+# What stands above it in docs/gpu.md is written by hand.
+MARK = "<!-- Below: written by `python benchmarks/gpu.py --page` from gpu_*.json in the results. -->"
 INTERRUPTED = "interrupted"
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one part measures.
-
-    Attributes:
-        minutes: it gets at most.
-        title: what it is about.
-        columns: the figures that the page shows; none for all.
-        explanation: how to read them.
-        needs_data: it trains on real images.
-    """
-
-    minutes: float
-    title: str
-    columns: tuple[str, ...] = ()
-    explanation: str = ""
-    needs_data: bool = False
-
-
-_STEP = (
-    *("mean", "throughput", "allocated", "in all, counted", "allocated, measured by counted"),
-    *("peak memory", "peak memory, relative", "time, relative", "timed steps"),
-)
-_STEP_EXPLANATION = (
-    "Mean: of the timed steps, as Detectron2 reports training. Allocated: `torch.cuda.max_memory_allocated`, "
-    "beside the counted memory in all; peak memory: above what existed before the step. Relative: to cached."
-)
-_BATCH_EXPLANATION = (
-    "Under a limit of PyTorch's allocator (`torch.cuda.set_per_process_memory_fraction`), found by trying; "
-    "GB are 10^9 bytes. Throughput: of a single step after two others."
-)
-_DATA_EXPLANATION = (
-    "One seed, evaluated on the images that were trained on. Losses apart: the largest relative difference "
-    "of the two curves, which the file holds. The command's seconds have start and evaluation in them."
-)
-_KERNELS_EXPLANATION = (
-    "One step under torch's profiler. Step, processor (all threads) and idle (the share of a step in which "
-    "no kernel runs) are of steps without it."
-)
-_SHAPES_EXPLANATION = (
-    "New shapes: none has been seen before; then the same once more. The difference is what is lost to "
-    "choosing kernels and making room."
-)
-PARTS = {
-    "doctor": Part(2, "The installation (`rev-det doctor`)"),
-    "tests": Part(8, "The tests that need a GPU (`pytest -m gpu`)"),
-    "step_mvit": Part(
-        8,
-        "Training step of Mask R-CNN with Rev-MViT-B, AdamW included: 2 images of 800x1344",
-        _STEP,
-        _STEP_EXPLANATION,
-    ),
-    "step_vit": Part(
-        8,
-        "Training step of Mask R-CNN with Rev-ViT-B, AdamW included: 2 images of 1024x1024",
-        _STEP,
-        _STEP_EXPLANATION,
-    ),
-    "kernels": Part(
-        8,
-        "Time by kind of kernel",
-        explanation=_KERNELS_EXPLANATION,
-    ),
-    "shapes": Part(
-        6,
-        "Training step of Mask R-CNN with images of changing shapes",
-        explanation=_SHAPES_EXPLANATION,
-    ),
-    "backbone": Part(
-        8, "Training step of the backbones alone, in bfloat16 and float32", explanation=_STEP_EXPLANATION
-    ),
-    "depth": Part(
-        8, "Training step of Rev-MViT-B of growing depth: 2 images of 800x1344", _STEP, _STEP_EXPLANATION
-    ),
-    "batch_mvit": Part(
-        8, "Largest batch: Mask R-CNN with Rev-MViT-B, 800x1344", explanation=_BATCH_EXPLANATION
-    ),
-    "batch_vit": Part(
-        8, "Largest batch: Mask R-CNN with Rev-ViT-B, 1024x1024", explanation=_BATCH_EXPLANATION
-    ),
-    "train": Part(
-        8,
-        "Mask R-CNN with Rev-MViT-B trained on real images, full size, from random weights",
-        explanation=_DATA_EXPLANATION,
-        needs_data=True,
-    ),
-    "nano": Part(
-        8, "The nano Mask R-CNN trained on real images", explanation=_DATA_EXPLANATION, needs_data=True
-    ),
-    "table1": Part(5, "The paper's Table 1: memory of each further image, 224x224, float32"),
-    "figure3b": Part(
-        8,
-        "The paper's figures 3b and 3c: ViT-B of growing depth, 224x224, float32",
-        explanation=_BATCH_EXPLANATION,
-    ),
-}
-
-
-_INTRODUCTION = """\
-# Measured on a GPU
-
-<!-- Written by `python benchmarks/gpu.py --page` from the files gpu_*.json in benchmarks/results. -->
-
-Each section is measured by one part of `make gpu`; where counted figures stand beside measured ones, they say
-so. All figures, with machine, versions and command, are in `benchmarks/results/`.
-
-```
-make gpu PYTHON=python3
-make gpu PYTHON=python3 PARTS="doctor tests step_mvit" GPU_DATA=folder FORCE=1 MINUTES=5
-```
-
-The first runs every part that has no result yet, the second those named. Nothing is installed and no network
-is used: `PYTHON` is an interpreter, 3.10 or newer, with PyTorch for CUDA, torchvision and what else rev_det
-imports, installed or on `PYTHONPATH` (without `PYTHON`, that of `make setup`).
-
-- `GPU_DATA` is a folder with `images` and `instances_train.json` in COCO's format, for the parts that train
-  on real images.
-- `FORCE=1` repeats what is finished. A part gets at most 8 minutes, or `MINUTES`.
-- A part has a process of its own and is saved when it ends. One that fails, hangs or is interrupted takes no
-  other with it; the error is saved in its file, and the exit status is then not 0.
-- Where there is no `make`:
-  `python3 benchmarks/gpu.py --parts doctor tests --data folder --force --minutes 5`.
-- `python3 benchmarks/gpu.py --quick --device cpu` tries on any computer whether the parts run, with small
-  models; `python3 benchmarks/gpu.py --page` writes this page.
-"""
+# What a process of a part runs.
+PROCESS = "import json, sys, gpu_parts; sys.exit(gpu_parts.main(*json.loads(sys.argv[1])))"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -264,13 +143,12 @@ def in_a_process(
     """
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "part.json")
-        command = [sys.executable, str(ROOT / "benchmarks" / "gpu_parts.py"), name, "--to", path]
-        command += ["--device", args.device, "--seconds", str(max(1, seconds - GRACE)), "--data", data]
-        command += ["--quick"] if args.quick else []
-        search = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        words = (name, path, args.device, args.quick, max(1, seconds - GRACE), data)
+        search = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search)}
         failure = ""
         with interruptible():
+            command = [sys.executable, "-c", PROCESS, json.dumps(words)]
             process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
             try:
                 code = process.wait(seconds)
@@ -317,8 +195,8 @@ def read_results(folder: Path, trials: bool = False) -> dict[str, dict[str, Any]
 
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """docs/gpu.md: what has been measured, then what is owed."""
-    lines = [_INTRODUCTION]
+    """docs/gpu.md: its introduction, what has been measured, then what is owed."""
+    lines = [PAGE.read_text(encoding="utf-8").partition(MARK)[0] + MARK + "\n"]
     owed = [name for name in PARTS if name not in results or results[name]["error"]]
     if not results:
         lines.append("**No figure has been measured on a GPU yet.**\n")
@@ -341,32 +219,21 @@ def _section(part: Part, result: Mapping[str, Any]) -> Iterator[str]:
     if result["error"]:
         yield f"**Not complete**: {result['error']}.\n"
     rows = [
-        Row(row["labels"], {key: Figure(**x) for key, x in row["figures"].items()}, note=row["note"])
+        Row(row["labels"], {name: Figure(**x) for name, x in row["figures"].items()}, note=row["note"])
         for row in result["rows"]
     ]
-    if rows:
-        yield from _table(rows, part.columns)
-        yield ""
-    for remark in filter(None, [part.explanation, *result["remarks"]]):
-        yield f"{remark}\n"
-
-
-def _table(rows: Sequence[Row], columns: Sequence[str]) -> Iterator[str]:
-    same = common_labels(rows) if len(rows) > 1 else {}
-    labels = [name for name in dict.fromkeys(name for row in rows for name in row.labels) if name not in same]
-    units = {name: figure.unit for row in rows for name, figure in row.figures.items()}
-    figures = [name for name in columns or units if name in units]
-    has_notes = any(row.note for row in rows)
-    if same:
-        yield ", ".join(label_text(*item) for item in same.items()) + "\n"
-    heads = [*labels, *(f"{name}: {units[name]}" for name in figures), *(["note"] if has_notes else [])]
-    yield f"| {' | '.join(heads)} |"
-    yield "|---" * len(heads) + "|"
     for row in rows:
-        cells = [str(row.labels.get(name, "")) for name in labels]
-        cells += [format_value(row.figures[name]) if name in row.figures else "-" for name in figures]
-        cells += [row.note] if has_notes else []
-        yield f"| {' | '.join(cell.replace('|', ' ') for cell in cells)} |"
+        row.figures = {n: f for n, f in row.figures.items() if n in (part.columns or row.figures)}
+        row.labels |= {"note": row.note} if any(r.note for r in rows) else {}
+    if rows:
+        same = common_labels(rows) if len(rows) > 1 else {}
+        yield ", ".join(label_text(*label) for label in same.items()) + "\n"
+        header, *lines = ([cell.replace("|", " ") for cell in line] for line in grid(rows))
+        for line in (header, ["---"] * len(header), *lines):
+            yield f"| {' | '.join(line)} |"
+        yield ""
+    for remark in filter(None, [part.note, *result["remarks"]]):
+        yield f"{remark}\n"
 
 
 def say(line: str) -> None:

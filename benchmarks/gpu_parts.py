@@ -1,12 +1,7 @@
-#!/usr/bin/env python
-"""The parts of benchmarks/gpu.py, which runs each in a process of its own; that is where to start them.
-
-python benchmarks/gpu_parts.py PART --to FILE
-"""
+"""The parts of benchmarks/gpu.py, which runs each in a process of its own: what they measure."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -19,20 +14,18 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gpu_run import Run, describe, in_one_line, measured
+from gpu_run import PARTS, Run, describe, in_one_line, measured, part
 from torch.profiler import ProfilerActivity, profile
 
-from rev_det.analysis.cases import DTYPES, Case, Counting, Measuring, configured, read_config
-from rev_det.analysis.detector import DetectorStep
-from rev_det.analysis.measure import BackboneStep, largest_batch
-from rev_det.analysis.peers import (
+from rev_det.comparison.cases import Case, Counting, Measuring, training_step
+from rev_det.comparison.models import (
     CACHED,
     CHECKPOINT,
     CHECKPOINT_KEPT,
@@ -40,17 +33,18 @@ from rev_det.analysis.peers import (
     MODELS,
     REVERSIBLE,
     REVERSIBLE_KEPT,
-    build,
 )
-from rev_det.analysis.presets import PRESETS
-from rev_det.analysis.report import Row, save_json
+from rev_det.comparison.presets import PRESETS, memory_by_images, memory_per_image
 from rev_det.devices import cudnn_attention
 from rev_det.doctor import PROBLEM, examine
 from rev_det.engine.metrics import read_metrics
+from rev_det.engine.model_config import read_config
+from rev_det.memory.measure import largest_batch, seconds_of
+from rev_det.memory.table import Row, save_json
 
 ROOT = Path(__file__).resolve().parents[1]
 # The most important first: time may run out.
-SCHEMES = (CACHED, REVERSIBLE_KEPT, CHECKPOINT_KEPT, CHECKPOINT, REVERSIBLE, DETECTRON2)
+TRAININGS = (CACHED, REVERSIBLE_KEPT, CHECKPOINT_KEPT, CHECKPOINT, REVERSIBLE, DETECTRON2)
 LIMITS = (16 * 10**9, 24 * 10**9, 8 * 10**9)  # bytes
 # What a kernel is for, by the names of the operator that launched it and its own; the first that matches.
 KINDS = (
@@ -65,6 +59,22 @@ KINDS = (
     ("elementwise and all else", r""),
 )
 ANNOTATIONS = ("instances_train_used.json", "instances_train.json", "train.json", "annotations.json")
+STEP = (
+    *("mean", "throughput", "allocated", "in all, counted", "allocated, measured by counted"),
+    *("peak memory", "peak memory, relative", "time, relative", "timed steps"),
+)
+STEP_NOTE = (
+    "Mean: of the timed steps, as Detectron2 reports training. Allocated: `torch.cuda.max_memory_allocated`, "
+    "beside the counted memory in all; peak memory: above what existed before the step. Relative: to cached."
+)
+BATCH_NOTE = (
+    "Under a limit of PyTorch's allocator (`torch.cuda.set_per_process_memory_fraction`), found by trying; "
+    "GB are 10^9 bytes. Throughput: of a single step after two others."
+)
+DATA_NOTE = (
+    "One seed, evaluated on the images that were trained on. Losses apart: the largest relative difference "
+    "of the two curves, which the file holds. The command's seconds have start and evaluation in them."
+)
 
 
 # ---- cases ----
@@ -82,45 +92,25 @@ def detectors(run: Run, *families: str) -> list[Case]:
             opts += ["MODEL.FPN.NORM", ""]
         cfg = read_config(str(ROOT / "configs" / file), opts)
         title = f"Mask R-CNN, {name}-{'nano' if run.quick else 'B'}"
-        cases += [Case(title, None, scheme, 2, size, "bf16", None, cfg) for scheme in SCHEMES]
+        cases += [Case(title, None, training, 2, size, "bf16", None, cfg) for training in TRAININGS]
     return cases
 
 
-def backbones(run: Run, dtypes: Sequence[str]) -> list[Case]:
+def backbones(run: Run, *dtypes: str) -> list[Case]:
     cases = []
     for dtype in dtypes:
         for key, size, shallow in (("rev_mvit_b", (800, 1344), 7), ("rev_vit_b", (1024, 1024), 2)):
             model, depth = MODELS[key], None
             if run.quick:
                 size, depth = (64, 64), shallow
-            cases += [Case(model.title, model, scheme, 2, size, dtype, depth) for scheme in SCHEMES]
+            cases += [Case(model.title, model, training, 2, size, dtype, depth) for training in TRAININGS]
     return cases
-
-
-def training_step(case: Case, device: torch.device) -> DetectorStep | BackboneStep:
-    """The step of a case with its optimizer's state, ready to be repeated."""
-    if case.model is not None:
-        model = build(case.model, case.scheme, case.depth, str(device))
-        return BackboneStep(model, case.batch, case.size, DTYPES[case.dtype])
-    step = DetectorStep(configured(case, str(device)), case.batch, case.size)
-    step.settle()
-    return step
-
-
-def seconds_of(work: Callable[[], None], device: torch.device) -> float:
-    """How long it takes, the device having finished before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 # ---- parts ----
 
 
+@part(2, "The installation (`rev-det doctor`)")
 def doctor(run: Run) -> None:
     for finding in examine():
         # Where things lie on this machine concerns nobody.
@@ -129,17 +119,18 @@ def doctor(run: Run) -> None:
         run.add(Row({"what": finding.what, "status": finding.status}, note=note))
 
 
+@part(8, "The tests that need a GPU (`pytest -m gpu`)")
 def tests(run: Run) -> None:
     class Outcomes:
         def pytest_runtest_logreport(self, report):
             if report.when == "call" or report.outcome != "passed":
-                self._add(report, "error" if report.failed and report.when != "call" else report.outcome)
+                self.pytest_collectreport(report)
 
         def pytest_collectreport(self, report):
-            if report.failed:
-                self._add(report, "error")
-
-        def _add(self, report, outcome):
+            when = getattr(report, "when", "collect")
+            if when == "collect" and not report.failed:
+                return
+            outcome = "error" if report.failed and when != "call" else report.outcome
             lines = [line[4:] for line in report.longreprtext.splitlines() if line.startswith("E   ")]
             note = f"failed: {''.join(lines[:1])}" if report.failed else ""
             seconds = {"time": measured(getattr(report, "duration", 0.0), "s")}
@@ -153,26 +144,6 @@ def tests(run: Run) -> None:
     run.remarks.append(", ".join(f"{number} {outcome}" for outcome, number in counts.items()))
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and not counts["error"]:
         raise RuntimeError(f"pytest ended with exit code {int(code)}")
-
-
-def step_mvit(run: Run) -> None:
-    run.compare(detectors(run, "mvit"), lambda case, share: beside_the_count(run, case, share))
-
-
-def step_vit(run: Run) -> None:
-    run.compare(detectors(run, "vit"), lambda case, share: beside_the_count(run, case, share))
-
-
-def backbone(run: Run) -> None:
-    cases = backbones(run, ["bf16", "fp32"])
-    run.compare(cases, lambda case, share: beside_the_count(run, case, share))
-
-
-def depth(run: Run) -> None:
-    cases = PRESETS["depth"].cases
-    if run.quick:
-        cases = [replace(case, depth=depth, size=(64, 64)) for depth in (7, 9) for case in cases[:3]]
-    run.compare(cases, lambda case, share: beside_the_count(run, case, share))
 
 
 def beside_the_count(run: Run, case: Case, share: float) -> Row:
@@ -194,108 +165,56 @@ def beside_the_count(run: Run, case: Case, share: float) -> Row:
     return row
 
 
-def batch_mvit(run: Run) -> None:
-    find_largest(run, detectors(run, "mvit"), LIMITS)
+@part(
+    8,
+    "Training step of Mask R-CNN with Rev-MViT-B, AdamW included: 2 images of 800x1344",
+    STEP_NOTE,
+    columns=STEP,
+)
+def step_mvit(run: Run) -> None:
+    run.compare(detectors(run, "mvit"), beside_the_count)
 
 
-def batch_vit(run: Run) -> None:
-    find_largest(run, detectors(run, "vit"), LIMITS)
+@part(
+    8,
+    "Training step of Mask R-CNN with Rev-ViT-B, AdamW included: 2 images of 1024x1024",
+    STEP_NOTE,
+    columns=STEP,
+)
+def step_vit(run: Run) -> None:
+    run.compare(detectors(run, "vit"), beside_the_count)
 
 
-def figure3b(run: Run) -> None:
-    cases = PRESETS["figure3b"].cases
-    # The depth that the paper's text speaks of first; the deepest takes longest.
-    depths = (2,) if run.quick else (24, 12, 80, 48)
-    chosen = [replace(case, depth=depth) for depth in depths for case in cases[:3]]
-    find_largest(run, chosen, LIMITS[:1])
-
-
-def find_largest(run: Run, cases: Sequence[Case], limits: Sequence[int]) -> None:
-    """The largest batch of each case under each limit, and the images in a second of such steps."""
-    if run.quick:
-        limits = [limit // 8 for limit in limits]
-
-    def step(case: Case, share: float) -> Row:
-        row = Row({name: value for name, value in case.labels.items() if name != "images"})
-        known = {}
-        for batch in (1, 3):
-            result = tried(replace(case, batch=batch), None)
-            if result is None:
-                row.note = "three images do not fit on this GPU"
-                return row
-            known[batch] = result.allocated
-        for limit in limits:
-            # Where gradients are most of the memory, few images say little about many.
-            while extended(known, limit) > 4 * max(known):
-                more = 3 * max(known)
-                result = tried(replace(case, batch=more), limit)
-                if result is None:
-                    break
-                known[more] = result.allocated
-            found: dict[int, Any] = {}
-
-            def fits(batch: int, limit=limit, found=found) -> bool:
-                found[batch] = tried(replace(case, batch=batch), limit)
-                return found[batch] is not None
-
-            batch = largest_batch(fits, extended(known, limit))
-            name = f"{limit / 1e9:g} GB"
-            row.figures[f"largest batch in {name}"] = measured(batch, "images")
-            if batch:
-                speed = found[batch].images_per_second
-                row.figures[f"throughput in {name}"] = measured(speed, "images/s")
-        return row
-
-    def extended(known: dict[int, int], limit: int) -> int:
-        """The batch at which the line through the two largest known ones meets the limit."""
-        few, more = sorted(known)[-2:]
-        each = max(1, (known[more] - known[few]) / (more - few))
-        # The allocator cannot use quite all: its blocks do not lie without gaps.
-        return max(1, more + int((0.97 * limit - known[more]) / each))
-
-    def tried(case: Case, limit: int | None):
-        return Measuring(run.device, 1, 1, limit).try_measure(case, 1, 1)
-
-    if run.device.type != "cuda":
-        raise ValueError("the largest batch is found under a limit of a CUDA device's memory")
-    run.compare(cases, step)
-
-
-def table1(run: Run) -> None:
-    preset = PRESETS["figure1"]
-    cases = preset.cases[1:4] if run.quick else preset.cases
-    runner = Measuring(run.device, 1, 2)
-    run.compare(cases, lambda case, share: preset.run([case], runner, None, lambda: None)[0])
-
-
+@part(
+    8,
+    "Time by kind of kernel",
+    "One step under torch's profiler. Step, processor (all threads) and idle (the share of a step in which "
+    "no kernel runs) are of steps without it.",
+)
 def kernels(run: Run) -> None:
     # Detectors first; of the backbones the estimate is wanted beside the measured time.
-    run.compare(
-        [*detectors(run, "mvit", "vit"), *backbones(run, ["bf16"])],
-        lambda case, share: kernel_row(run, case),
-    )
+    run.compare([*detectors(run, "mvit", "vit"), *backbones(run, "bf16")], kernel_row)
 
 
 @cudnn_attention(False)  # as the trainer has it
-def kernel_row(run: Run, case: Case) -> Row:
+def kernel_row(run: Run, case: Case, share: float) -> Row:
     """Milliseconds of a step by kind of kernel, of the processor, and without any kernel."""
     row, steps = Row(case.labels), 2 if run.quick else 10
     counted = Counting().step(case).figures if case.model is not None else {}
-    step = training_step(case, run.device)
+    step = training_step(case, str(run.device))
+    step.settle()
     for _ in range(steps):
         step.run()
-    repeated = lambda: [step.run() for _ in range(steps)]  # noqa: E731
     processor = time.process_time()
-    wall = 1e3 * seconds_of(repeated, run.device) / steps
+    wall = 1e3 * seconds_of(lambda: [step.run() for _ in range(steps)], run.device) / steps
     processor = 1e3 * (time.process_time() - processor) / steps
     with tempfile.TemporaryDirectory() as folder:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if run.device.type == "cuda" else [])]
         with profile(activities=activities, record_shapes=True) as profiler:
             seconds_of(step.run, run.device)
-        trace = os.path.join(folder, "trace.json")
-        profiler.export_chrome_trace(trace)
-        events = json.loads(Path(trace).read_text(encoding="utf-8"))["traceEvents"]
-    times, launches = kernel_times(events)
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        times, launches = kernel_times(json.loads(trace.read_text(encoding="utf-8"))["traceEvents"])
     row.figures = {kind: measured(ms, "ms") for kind, ms in times.items()}
     busy = sum(times.values())
     row.figures |= {
@@ -339,15 +258,22 @@ def kernel_times(events: Sequence[dict[str, Any]]) -> tuple[dict[str, float], in
     return times, launches
 
 
+@part(
+    6,
+    "Training step of Mask R-CNN with images of changing shapes",
+    "New shapes: none has been seen before; then the same once more. The difference is what is lost to "
+    "choosing kernels and making room.",
+)
 def shapes(run: Run) -> None:
-    cases = [case for case in detectors(run, "mvit", "vit") if case.scheme in (CACHED, REVERSIBLE_KEPT)]
-    run.compare(cases, lambda case, share: shapes_row(run, case, share))
+    cases = [case for case in detectors(run, "mvit", "vit") if case.training in (CACHED, REVERSIBLE_KEPT)]
+    run.compare(cases, shapes_row)
 
 
 def shapes_row(run: Run, case: Case, share: float) -> Row:
     """Seconds of a step with one shape, with shapes never seen before, and with these again."""
     row = Row(case.labels)
-    step = training_step(case, run.device)
+    step = training_step(case, str(run.device))
+    step.settle()
 
     def mean(sizes: Sequence[tuple[int, int]]) -> float:
         seconds = []
@@ -361,19 +287,17 @@ def shapes_row(run: Run, case: Case, share: float) -> Row:
     count = 2 if run.quick else max(5, min(50, int(share / 9 / trial)))
     # None twice: the convolutions' kernels, too, are chosen when a shape is new.
     new = multi_scale_shapes(2 * count, 256 if run.quick else case.cfg.INPUT.MAX_SIZE_TRAIN)
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    try:
-        for is_on, sizes in ((False, new[::2]), (True, new[1::2])):
-            torch.backends.cuda.enable_cudnn_sdp(is_on)
-            suffix = f", cuDNN attention {'on' if is_on else 'off'}"
+    for is_on, sizes in ((False, new[::2]), (True, new[1::2])):
+        with cudnn_attention(is_on):
             mean([case.size] * 3)
-            row.figures[f"one shape{suffix}"] = measured(mean([case.size] * count), "s")
-            first, again = mean(sizes), mean(sizes)
-            row.figures[f"new shapes{suffix}"] = measured(first, "s")
-            row.figures[f"the same again{suffix}"] = measured(again, "s")
-            row.figures[f"lost by a new shape{suffix}"] = measured(1e3 * (first - again), "ms")
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
+            one, first, again = mean([case.size] * count), mean(sizes), mean(sizes)
+        suffix = f", cuDNN attention {'on' if is_on else 'off'}"
+        row.figures |= {
+            f"one shape{suffix}": measured(one, "s"),
+            f"new shapes{suffix}": measured(first, "s"),
+            f"the same again{suffix}": measured(again, "s"),
+            f"lost by a new shape{suffix}": measured(1e3 * (first - again), "ms"),
+        }
     row.figures["steps of each"] = measured(count, "steps")
     return row
 
@@ -389,13 +313,60 @@ def multi_scale_shapes(count: int, longest: int) -> list[tuple[int, int]]:
     return list(found.values())
 
 
-def nano(run: Run) -> None:
-    side, iterations = (64, 4) if run.quick else (320, 1500)
-    opts = ["INPUT.MIN_SIZE_TRAIN", f"({side},)", "INPUT.MAX_SIZE_TRAIN", str(2 * side)]
-    opts += ["INPUT.MIN_SIZE_TEST", str(side), "INPUT.MAX_SIZE_TEST", str(2 * side)]
-    learn(run, "Quickstart/mask_rcnn_rev_mvit_nano_fpn.yaml", iterations, opts)
+@part(8, "Training step of the backbones alone, in bfloat16 and float32", STEP_NOTE)
+def backbone(run: Run) -> None:
+    run.compare(backbones(run, "bf16", "fp32"), beside_the_count)
 
 
+@part(8, "Training step of Rev-MViT-B of growing depth: 2 images of 800x1344", STEP_NOTE, columns=STEP)
+def depth(run: Run) -> None:
+    cases = PRESETS["depth"].cases
+    if run.quick:
+        cases = [replace(case, depth=depth, size=(64, 64)) for depth in (7, 9) for case in cases[:3]]
+    run.compare(cases, beside_the_count)
+
+
+@part(8, "Largest batch: Mask R-CNN with Rev-MViT-B, 800x1344", BATCH_NOTE)
+def batch_mvit(run: Run) -> None:
+    run.compare(detectors(run, "mvit"), largest_row)
+
+
+@part(8, "Largest batch: Mask R-CNN with Rev-ViT-B, 1024x1024", BATCH_NOTE)
+def batch_vit(run: Run) -> None:
+    run.compare(detectors(run, "vit"), largest_row)
+
+
+def largest_row(run: Run, case: Case, share: float, limits: Sequence[int] = LIMITS) -> Row:
+    """The largest batch of a case under each limit, and the images in a second of such steps."""
+    if run.device.type != "cuda":
+        raise ValueError("the largest batch is found under a limit of a CUDA device's memory")
+    row = case.row()
+    one, each = memory_by_images(case)
+    for limit in limits:
+        limit //= 8 if run.quick else 1
+        found: dict[int, Any] = {}
+
+        def fits(batch: int, limit=limit, found=found) -> bool:
+            runner = Measuring(run.device, 1, 1, limit)
+            found[batch] = runner.try_measure(replace(case, batch=batch), 1, 1)
+            return found[batch] is not None
+
+        # The allocator cannot use quite all: its blocks do not lie without gaps.
+        batch = largest_batch(fits, 1 + int((0.97 * limit - one) / each))
+        name = f"{limit / 1e9:g} GB"
+        row.figures[f"largest batch in {name}"] = measured(batch, "images")
+        if batch:
+            speed = found[batch].images_per_second
+            row.figures[f"throughput in {name}"] = measured(speed, "images/s")
+    return row
+
+
+@part(
+    8,
+    "Mask R-CNN with Rev-MViT-B trained on real images, full size, from random weights",
+    DATA_NOTE,
+    needs_data=True,
+)
 def train(run: Run) -> None:
     file, opts = "COCO-Detection/mask_rcnn_rev_mvit_b_fpn_3x.yaml", ["MODEL.WEIGHTS", ""]
     # A schedule for hundreds of iterations from random weights, not for 36 epochs from pretrained ones.
@@ -405,6 +376,14 @@ def train(run: Run) -> None:
         file = "Quickstart/mask_rcnn_rev_mvit_nano_fpn.yaml"
         opts += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"]
     learn(run, file, 4 if run.quick else 400, opts)
+
+
+@part(8, "The nano Mask R-CNN trained on real images", DATA_NOTE, needs_data=True)
+def nano(run: Run) -> None:
+    side, iterations = (64, 4) if run.quick else (320, 1500)
+    opts = ["INPUT.MIN_SIZE_TRAIN", f"({side},)", "INPUT.MAX_SIZE_TRAIN", str(2 * side)]
+    opts += ["INPUT.MIN_SIZE_TEST", str(side), "INPUT.MAX_SIZE_TEST", str(2 * side)]
+    learn(run, "Quickstart/mask_rcnn_rev_mvit_nano_fpn.yaml", iterations, opts)
 
 
 def learn(run: Run, file: str, iterations: int, opts: Sequence[str]) -> None:
@@ -449,33 +428,36 @@ def learn(run: Run, file: str, iterations: int, opts: Sequence[str]) -> None:
         run.attempt({"training": mode}, lambda mode=mode: work(mode))
 
 
-PARTS = (
-    *(doctor, tests, step_mvit, step_vit, kernels, shapes, backbone, depth),
-    *(batch_mvit, batch_vit, train, nano, table1, figure3b),
-)
+@part(5, "The paper's Table 1: memory of each further image, 224x224, float32")
+def table1(run: Run) -> None:
+    cases = PRESETS["figure1"].cases
+    runner = Measuring(run.device, 1, 2)
+    run.compare(
+        cases[1:4] if run.quick else cases, lambda run, case, share: memory_per_image(runner, case, None)
+    )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["describe", *(part.__name__ for part in PARTS)])
-    parser.add_argument("--to", required=True, metavar="FILE")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--seconds", type=float, default=480)
-    parser.add_argument("--data", default="")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    if args.part == "describe":
+@part(8, "The paper's figures 3b and 3c: ViT-B of growing depth, 224x224, float32", BATCH_NOTE)
+def figure3b(run: Run) -> None:
+    # The depth that the paper's text speaks of first; the deepest takes longest.
+    depths = (2,) if run.quick else (24, 12, 80, 48)
+    cases = [replace(case, depth=depth) for depth in depths for case in PRESETS["figure3b"].cases[:3]]
+    run.compare(cases, lambda run, case, share: largest_row(run, case, share, LIMITS[:1]))
+
+
+def main(name: str, path: str, device: str, quick: bool, seconds: float, data: str) -> int:
+    """Run a part, or "describe" the machine, and save the result; how, see `Run`. Returns the exit code."""
+    if name == "describe":
         try:
-            save_json(args.to, describe(device))
+            save_json(path, describe(torch.device(device)))
         except ValueError as error:
             sys.stderr.write(f"error: {error}\n")
             return 2
         return 0
-    run = Run(args.to, device, args.quick, time.monotonic() + args.seconds, args.data)
+    run = Run(path, torch.device(device), quick, time.monotonic() + seconds, data)
     error = ""
     try:
-        next(part for part in PARTS if part.__name__ == args.part)(run)
+        PARTS[name].work(run)
     except Exception as problem:
         traceback.print_exc(limit=-3)
         error = in_one_line(problem)
@@ -484,7 +466,3 @@ def main() -> int:
         error = f"{len(failed)} of {len(run.rows)} rows; the first {failed[0].note}"
     run.save(error)
     return 1 if error else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import gc
-import math
 import shutil
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from rev_det.analysis.cases import Case, run_cases, without_baselines
-from rev_det.analysis.report import MEASURED, Figure, Row, describe_machine, save_json
+from rev_det.comparison.cases import Case, run_cases, without_baselines
+from rev_det.memory.table import MEASURED, Figure, Row, describe_machine, save_json
 
 # A case is not begun with fewer seconds left.
 LEAST_SECONDS = 5
@@ -47,7 +46,7 @@ class Run:
     further: dict[str, Any] = field(default_factory=dict)
 
     def save(self, error: str = "") -> None:
-        content = {"error": error, "remarks": self.remarks, "rows": [asdict(row) for row in self.rows]}
+        content = {"error": error, "remarks": self.remarks, "rows": self.rows}
         save_json(self.path, content | self.further)
 
     def add(self, row: Row) -> Row:
@@ -59,10 +58,10 @@ class Run:
         sys.stdout.flush()
         return row
 
-    def attempt(self, labels: dict[str, Any], work: Callable[[], Row], left: float = math.inf) -> Row:
+    def attempt(self, labels: dict[str, Any], work: Callable[[], Row]) -> Row:
         """Add the row that ``work`` makes; where it fails, a row that says so, and the others go on."""
         row = Row(labels)
-        if left < LEAST_SECONDS:
+        if self.deadline - time.monotonic() < LEAST_SECONDS:
             row.note = "not reached in the time of this part"
         else:
             try:
@@ -74,26 +73,52 @@ class Run:
         torch.cuda.empty_cache()
         return self.add(row)
 
-    def compare(self, cases: Iterable[Case], step: Callable[[Case, float], Row]) -> None:
+    def compare(self, cases: Iterable[Case], step: Callable[[Run, Case, float], Row]) -> None:
         """Run ``step`` on every case with its share of the seconds that are left; add ratios to cached."""
-        available, left_out = without_baselines(list(cases))
+        cases, left_out = without_baselines(list(cases))
         self.remarks += filter(None, [left_out])
-        run_cases(available, _InTurn(self, len(available), step))
+        done = len(self.rows)
+
+        def make_row(case: Case) -> Row:
+            share = (self.deadline - time.monotonic()) / (len(cases) - len(self.rows) + done)
+            return self.attempt(case.labels, lambda: step(self, case, share))
+
+        run_cases(cases, make_row)
         self.save()
 
 
-class _InTurn:
-    """What `run_cases` asks for rows."""
+@dataclass(frozen=True)
+class Part:
+    """What one part measures.
 
-    method = MEASURED
+    Attributes:
+        work: measures it.
+        minutes: it gets at most.
+        title: what it is about.
+        note: how to read the figures.
+        columns: the figures that the page shows; none for all.
+        needs_data: it trains on real images.
+    """
 
-    def __init__(self, run: Run, cases: int, step: Callable[[Case, float], Row]):
-        self.run, self.cases, self._step = run, cases, step
+    work: Callable[[Run], None]
+    minutes: float
+    title: str
+    note: str = ""
+    columns: tuple[str, ...] = ()
+    needs_data: bool = False
 
-    def step(self, case: Case) -> Row:
-        left = self.run.deadline - time.monotonic()
-        share, self.cases = left / self.cases, self.cases - 1
-        return self.run.attempt(case.labels, lambda: self._step(case, share), left)
+
+PARTS: dict[str, Part] = {}
+
+
+def part(minutes: float, title: str, note: str = "", **more) -> Callable:
+    """Make a function a part, of the function's name."""
+
+    def register(work: Callable[[Run], None]) -> Callable[[Run], None]:
+        PARTS[work.__name__] = Part(work, minutes, title, note, **more)
+        return work
+
+    return register
 
 
 def in_one_line(error: BaseException) -> str:
@@ -111,17 +136,13 @@ def describe(device: torch.device) -> dict[str, Any]:
     Raises:
         ValueError: there is no such device.
     """
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type != "cuda":
+        return describe_machine(device)
+    if not torch.cuda.is_available():
         raise ValueError("there is no CUDA device here; --device cpu --quick tries whether the parts run")
-    machine = describe_machine(device)
-    if device.type == "cuda":
-        machine |= {
-            "gpus": torch.cuda.device_count(),
-            "cudnn": torch.backends.cudnn.version(),
-            "driver": None,
-        }
-        if shutil.which("nvidia-smi"):
-            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            found = subprocess.run(query, capture_output=True, text=True).stdout.split()
-            machine["driver"] = found[0] if found else None
-    return machine
+    driver = None
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = next(iter(subprocess.run(query, capture_output=True, text=True).stdout.split()), None)
+    cudnn = torch.backends.cudnn.version()
+    return describe_machine(device) | {"gpus": torch.cuda.device_count(), "cudnn": cudnn, "driver": driver}

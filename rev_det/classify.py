@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
-from .checkpoint.named import PUBLISHED, NamedWeights, load_named_model
+from .checkpoint import LoadResult
+from .checkpoint.layouts import convert
+from .checkpoint.loading import LoadMode, LoadPlan, read_source
+from .checkpoint.named import NAMED_MODELS, read_geometry
+from .data.images import open_image
 from .engine.amp import Precision
 
 IMAGE_SIDE = 224
 _RESIZE = 256  # of the shorter side, before the crop
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in [0, 1]
+_HEAD = re.compile(r"(?:.*\.)?head\.(?:projection|fc)\.(weight|bias)")  # PySlowFast, mmpretrain
 
 
 class Classifier(nn.Module):
@@ -27,10 +32,10 @@ class Classifier(nn.Module):
 
     Args:
         backbone: returns {name: (B, C, H, W)}, the last scale last.
-        head: linear, from that scale's C to the classes.
+        head: linear, from that scale's C to the classes; None if there is none.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Linear):
+    def __init__(self, backbone: nn.Module, head: nn.Linear | None):
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -47,28 +52,45 @@ class Classifier(nn.Module):
             return self.head(last.to(self.head.weight.dtype).mean(dim=(2, 3)))
 
 
-def load_classifier(source: str | os.PathLike | Mapping) -> tuple[Classifier, NamedWeights]:
-    """Load a published classifier, in eval mode.
+def load_classifier(
+    source: str | os.PathLike | Mapping, model: str | None = None
+) -> tuple[Classifier, str, LoadResult]:
+    """Build the named model that a file is for, and load it strictly, with its classifier's head.
 
     Args:
-        source: as `rev_det.checkpoint.load_pretrained`'s, with the classifier's head in it.
+        source: as `rev_det.checkpoint.load_pretrained`'s.
+        model: name of the model, as "rev_vit_s"; None for the one that the file fits.
 
     Returns:
-        the classifier, and what it was made of.
+        the classifier in eval mode, whose backbone returns all scales, the model's name, and the result of
+        loading. The head is None if the file holds none.
 
     Raises:
         FileNotFoundError: no such file, or it cannot be downloaded.
-        ValueError: the file fits no named model, does not fill it, or holds no classifier.
+        ValueError: there is no model of that name, the file fits none, or as `load_pretrained`.
     """
-    weights = load_named_model(source)
-    if weights.head is None:
-        published = PUBLISHED.get(weights.model)
+    container, name = read_source(source)
+    converted = convert(container, name)
+    size = read_geometry(converted.backbone)
+    known = ", ".join(NAMED_MODELS)
+    if model is None and size.model is None:
         raise ValueError(
-            f"{weights.report.source} holds no classifier (a weight `head.projection` or `head.fc`). "
-            "Converted files and detectors have none: take the published file"
-            + (f", {published.url}" if published else "")
+            f"{name} holds a {size}, which is none of the named models ({known}). "
+            "Weights of other sizes are loaded into a config of that size (MODEL.WEIGHTS)"
         )
-    return Classifier(weights.backbone, weights.head).eval(), weights
+    model = model or size.model
+    if model not in NAMED_MODELS:
+        raise ValueError(f"there is no model {model!r}; the named ones are {known}")
+    backbone, head = NAMED_MODELS[model].build(), None
+    unused = converted.dropped | converted.others
+    values = {match.group(1): unused.pop(key) for key in list(unused) if (match := _HEAD.fullmatch(key))}
+    if values:
+        classes = next((len(value) for value in values.values() if value.ndim), 0)
+        head = nn.Linear(list(backbone.output_shape().values())[-1].channels, classes)
+    classifier = Classifier(backbone, head).eval()
+    heads = {f"head.{key}": value for key, value in values.items()}
+    whole = replace(converted, prefix="backbone.", others=heads, dropped=unused)
+    return classifier, model, LoadPlan(classifier, whole, name, LoadMode()).carry_out()
 
 
 def preprocessing() -> transforms.Compose:
@@ -83,142 +105,88 @@ def preprocessing() -> transforms.Compose:
     )
 
 
-class ImageFiles(Dataset):
-    """Image files, preprocessed. A file that cannot be read is an item, too: it is named with the reason.
+def find_validation_images(folder: str | os.PathLike, classes: int) -> list[tuple[str, int]]:
+    """ImageNet's validation images: ``folder/CLASS/*``, classes numbered in the order of their names.
 
     Args:
-        paths: of the files.
-        labels: class index of each; None if they are not known.
+        folder: with one folder for each class.
+        classes: how many there must be.
+
+    Returns:
+        path and class index of each.
 
     Raises:
-        ValueError: there are none.
+        FileNotFoundError: there is no such folder.
+        ValueError: it has another number of class folders, or no images.
     """
+    folder = os.fspath(folder)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"there is no folder {folder}")
+    found = sum(entry.is_dir() for entry in os.scandir(folder))
+    if found != classes:
+        raise ValueError(
+            f"{folder} has {found} folders, but the classifier has {classes} classes. Its images "
+            "must be sorted into one folder for each class, all of them: a class's number is its "
+            "folder's place in the order of their names"
+        )
+    samples = ImageFolder(folder, allow_empty=True).samples
+    if not samples:
+        raise ValueError(f"there are no images in the {classes} class folders of {folder}")
+    return samples
 
-    def __init__(self, paths: Sequence[str], labels: Sequence[int] | None = None):
-        if not paths:
-            raise ValueError("there are no images to classify")
-        self.paths = list(paths)
-        self.labels = None if labels is None else list(labels)
+
+class _Images(Dataset):
+    """Images, preprocessed, with ""; or None with the reason why a file cannot be read."""
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths = paths
         self.transform = preprocessing()
-
-    @classmethod
-    def from_folder(cls, folder: str | os.PathLike, classes: int) -> ImageFiles:
-        """ImageNet's validation images: ``folder/CLASS/*``, classes numbered in the order of their names.
-
-        Args:
-            folder: with one folder for each class.
-            classes: how many there must be.
-
-        Raises:
-            FileNotFoundError: there is no such folder.
-            ValueError: it has another number of class folders, or no images.
-        """
-        folder = os.fspath(folder)
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(f"there is no folder {folder}")
-        found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-        if len(found) != classes:
-            raise ValueError(
-                f"{folder} has {len(found)} folders, but the classifier has {classes} classes. Its images "
-                "must be sorted into one folder for each class, all of them: a class's number is its "
-                "folder's place in the order of their names"
-            )
-        samples = ImageFolder(folder, allow_empty=True).samples
-        if not samples:
-            raise ValueError(f"there are no images in the {classes} class folders of {folder}")
-        paths, labels = zip(*samples, strict=True)
-        return cls(paths, labels)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
-        """The index, the image (None if it cannot be read), and then why."""
+    def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
         try:
-            with Image.open(self.paths[index]) as image:
-                return index, self.transform(image.convert("RGB")), ""
+            with open_image(self.paths[index]) as image:
+                return self.transform(image.convert("RGB")), ""
         except Exception as error:  # a damaged file makes PIL raise errors of many kinds
-            return index, None, " ".join(str(error).split()) or type(error).__name__
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Of a batch.
-
-    Attributes:
-        paths: of the images that could be read, n of them.
-        labels: (n,) class indexes, on the CPU; None if they are not known.
-        probabilities: (n, classes), float32, on the CPU.
-        unreadable: path and reason of each file that could not be read.
-    """
-
-    paths: list[str]
-    labels: Tensor | None
-    probabilities: Tensor
-    unreadable: list[tuple[str, str]]
-
-
-@dataclass
-class Accuracy:
-    """Counts of images: all, and those with the right class first and among the first five."""
-
-    images: int = 0
-    top1: int = 0
-    top5: int = 0
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
-
-    def add(self, batch: Predictions) -> None:
-        """Count a batch whose labels are known."""
-        first = batch.probabilities.topk(min(5, batch.probabilities.shape[1])).indices  # (n, 5)
-        hits = first == batch.labels[:, None]
-        self.images += len(batch.paths)
-        self.top1 += int(hits[:, 0].sum())
-        self.top5 += int(hits.sum())
-        self.unreadable += batch.unreadable
+            return None, " ".join(str(error).split()) or type(error).__name__
 
 
 def predict(
     classifier: Classifier,
-    files: ImageFiles,
+    paths: Sequence[str],
     precision: Precision,
     *,
     device: str | torch.device = "cpu",
     batch_size: int = 64,
     workers: int = 0,
-) -> Iterator[Predictions]:
-    """Classify files, batch by batch in their order.
+) -> Iterator[tuple[str, Tensor | None, str]]:
+    """Classify image files, in their order.
 
     Args:
-        classifier: moved to the device.
-        files: the images.
+        classifier: with a head; moved to the device.
+        paths: of the files.
         precision: the arithmetic, for this device.
         device: where to compute.
-        batch_size: images at a time, at least 1.
+        batch_size: images at a time.
         workers: processes that read images; 0 reads them in this one.
 
+    Yields:
+        path, probabilities of the classes (float32, on the CPU) and ""; of a file that cannot be read its
+        path, None and the reason.
+
     Raises:
-        ValueError: the batch size or the number of workers is none, logits are not finite, or a batch does
-            not fit into the GPU's memory.
+        ValueError: logits are not finite, or a batch does not fit into the GPU's memory.
     """
-    if batch_size < 1 or workers < 0:
-        raise ValueError(f"the batch size must be at least 1 and workers at least 0: {batch_size}, {workers}")
-    return _predict(classifier.to(device), files, precision, device, batch_size, workers)
-
-
-def _predict(
-    classifier: Classifier,
-    files: ImageFiles,
-    precision: Precision,
-    device: str | torch.device,
-    batch_size: int,
-    workers: int,
-) -> Iterator[Predictions]:
+    classifier.to(device)
     # One batch is read sooner than a process starts.
-    workers = workers if len(files) > batch_size else 0
-    for samples in DataLoader(files, batch_size, num_workers=workers, collate_fn=list):
-        images = [image for _, image, _ in samples if image is not None]
-        indexes = [index for index, image, _ in samples if image is not None]
-        logits = torch.zeros(0, classifier.head.out_features)
+    workers = workers if len(paths) > batch_size else 0
+    done = 0
+    for samples in DataLoader(_Images(paths), batch_size, num_workers=workers, collate_fn=list):
+        batch, done = paths[done : done + len(samples)], done + len(samples)
+        images = [image for image, _ in samples if image is not None]
+        probabilities = iter(())
         if images:
             try:
                 with torch.inference_mode(), precision.autocast():
@@ -229,15 +197,12 @@ def _predict(
                 ) from error
             if not logits.isfinite().all():
                 raise ValueError(
-                    f"the logits of {files.paths[indexes[0]]} or images after it are not finite: the "
-                    f"weights' values are too large for {precision}"
+                    f"the logits of {batch[0]} or images after it are not finite: the weights' values are "
+                    f"too large for {precision}"
                 )
-        yield Predictions(
-            paths=[files.paths[index] for index in indexes],
-            labels=None if files.labels is None else torch.tensor([files.labels[i] for i in indexes]),
-            probabilities=logits.softmax(dim=1),
-            unreadable=[(files.paths[index], why) for index, image, why in samples if image is None],
-        )
+            probabilities = iter(logits.softmax(dim=1))
+        for path, (image, problem) in zip(batch, samples, strict=True):
+            yield path, None if image is None else next(probabilities), problem
 
 
 def read_labels(path: str | os.PathLike, classes: int) -> list[str]:
@@ -250,7 +215,7 @@ def read_labels(path: str | os.PathLike, classes: int) -> list[str]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {os.fspath(path)} with the classes' names")
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # with or without a byte order mark
             names = file.read().rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{os.fspath(path)} is not a text file in UTF-8: {error}") from error

@@ -1,41 +1,24 @@
-"""The config that a command line means, by its path or its name in the zoo; read without running code."""
+"""The one reader of configs: files and what they are based on, then KEY VALUE pairs; no code is run."""
 
 from __future__ import annotations
 
 import difflib
-import io
+import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.utils.file_io import PathManager
 
-from . import model_zoo
 from .config import add_rev_det_config
+from .rules import value_of
 
 _TAGS = "tag:yaml.org,2002:"  # what "!!" is short for
 # The only expression in Detectron2's own configs, Base-RetinaNet.yaml, without its spaces; and its value.
 _RETINANET_SIZES = "[[x,x*2**(1.0/3),x*2**(2.0/3)]forxin[32,64,128,256,512]]"
 _RETINANET_VALUE = [[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in (32, 64, 128, 256, 512)]
-
-
-def find_config_file(name: str) -> str:
-    """The path of a config.
-
-    Args:
-        name: path of a YAML file, or name of a model in rev_det's zoo; a file that is there comes first.
-
-    Raises:
-        FileNotFoundError: there is neither such a file nor such a model; the message has similar names.
-    """
-    if os.path.isfile(name):
-        return name
-    try:
-        return model_zoo.get_config_file(name)
-    except ValueError as error:
-        there = "is a folder" if os.path.isdir(name) else "does not exist"
-        raise FileNotFoundError(f"--config-file {name} {there}, and {error}") from error
 
 
 def default_config() -> CfgNode:
@@ -45,31 +28,51 @@ def default_config() -> CfgNode:
     return cfg
 
 
-def read_config_file(path: str) -> CfgNode:
-    """The defaults, with the values of a file and of those that it is based on.
+def read_config_file(path: str, opts: Sequence[str] = ()) -> CfgNode:
+    """The defaults, with the values of a file and of those that it is based on, and of a command line.
 
     Detectron2's own ``merge_from_file`` runs what a file asks for (``!!python/object/apply:os.system``).
 
     Args:
         path: of a YAML file with keys of Detectron2 and rev_det.
+        opts: keys and values that override the file's, alternating.
 
     Raises:
         OSError: the file, or one that ``_BASE_`` names, cannot be read.
         ValueError: a file is not YAML or would run code, a key does not exist, or a value is of a wrong type.
     """
     defaults = default_config()
-    cfg = _SafeConfig(defaults)
+    known = list(config_keys(defaults))
+    _check_pairs(opts, known)
+    content = _load_with_bases(path)
+    _check_nodes(path, content, defaults)
+
+    class Loaded(CfgNode):
+        @classmethod
+        def load_yaml_with_base(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            return content
+
+    cfg = Loaded(defaults)
     try:
         cfg.merge_from_file(path)
     except KeyError as error:
         # yacs: "Non-existent config key: A.B".
-        key = error.args[0].split(": ")[-1]
-        raise ValueError(f"{path}: {unknown_key(key, config_keys(defaults))}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path} is not a valid config: it is based on itself, or nested deeply") from error
+        raise ValueError(f"{path}: {unknown_key(error.args[0].split(': ')[-1], known)}") from error
     except (AttributeError, AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a valid config: {error}") from error
-    return CfgNode(cfg)
+    cfg = CfgNode(cfg)
+    for key in known:
+        if _is_wrongly_none(cfg, key, defaults):
+            raise ValueError(f"{path}: {_wrong_type(key, None, value_of(defaults, key))}")
+    for key, text in zip(opts[::2], opts[1::2], strict=True):
+        before = value_of(cfg, key)
+        try:
+            cfg.merge_from_list([key, text])
+        except ValueError as error:
+            raise ValueError(_wrong_type(key, text, before)) from error
+        if _is_wrongly_none(cfg, key, defaults):
+            raise ValueError(_wrong_type(key, text, before))
+    return cfg
 
 
 def load_yaml(file: str | IO[str], name: str) -> Any:
@@ -87,7 +90,7 @@ def load_yaml(file: str | IO[str], name: str) -> Any:
     except yaml.MarkedYAMLError as error:
         raise ValueError(f"line {error.problem_mark.line + 1} of {name}: {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name} is not a text file in YAML: {error}") from error
+        raise ValueError(f"{name} is not a text file in YAML: {getattr(error, 'reason', error)}") from error
 
 
 def config_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -117,17 +120,90 @@ def _as_lists(value: Any) -> Any:
     return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-class _SafeConfig(CfgNode):
-    """A config into which files are merged as plain values, those of ``_BASE_`` included."""
+def _load_with_bases(path: str, derived: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The content of a file, or URL, over that of those it names under ``_BASE_``."""
+    named = f"_BASE_ of {derived[-1]}: {path}" if derived else path
+    if path in derived:
+        raise ValueError(f"{path} is not a valid config: it is based on itself")
+    if "://" not in path and not os.path.isfile(path):
+        raise FileNotFoundError(f"{named} {why_no_file(path)}")
+    try:
+        with open(PathManager.get_local_path(path), encoding="utf-8") as file:
+            content = load_yaml(file, path)
+    except RecursionError as error:
+        raise ValueError(f"{path} is not a valid config: it is nested too deeply") from error
+    except OSError as error:
+        raise OSError(f"{named} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not keys and values")
+    bases = content.pop("_BASE_", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"_BASE_ of {path} must be the path or URL of a config, or a list; got {bases!r}")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        if "://" not in base:
+            base = os.path.normpath(os.path.join(os.path.dirname(path), os.path.expanduser(base)))
+        _put_over(merged, _load_with_bases(base, (*derived, path)))
+    _put_over(merged, content)
+    return merged
 
-    @classmethod
-    def _open_cfg(cls, filename: str) -> IO[str]:
-        # Detectron2 reads the result once more; tuples have become lists, which yacs takes for them.
-        with super()._open_cfg(filename) as file:
-            content = load_yaml(file, filename)
-        if not isinstance(content, dict):
-            raise ValueError(f"{filename} holds a {type(content).__name__}, not keys and values")
-        return io.StringIO(yaml.safe_dump(content))
+
+def why_no_file(path: str) -> str:
+    """What to say of a path that is not that of a file."""
+    if os.path.isdir(path):
+        return "is a folder, not a file"
+    return "is not a file" if os.path.lexists(path) else "does not exist"
+
+
+def _put_over(base: dict[Any, Any], own: Mapping[Any, Any]) -> None:
+    for key, value in own.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _put_over(base[key], value)
+        else:
+            base[key] = value
+
+
+def _check_nodes(path: str, content: Mapping[Any, Any], defaults: CfgNode, prefix: str = "") -> None:
+    """Check that what should hold keys does, and that these are names."""
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{path}: {key!r} is not the name of a config key")
+        if isinstance(node := defaults.get(key), CfgNode):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{path}: {_wrong_type(f'{prefix}{key}', value, node)}")
+            _check_nodes(path, value, node, f"{prefix}{key}.")
+
+
+def _check_pairs(opts: Sequence[str], known: Sequence[str]) -> None:
+    if misplaced := [word for word in opts if word.startswith("--")]:
+        raise ValueError(
+            f"{misplaced[0]} comes after the first KEY VALUE pair; options come before all of them"
+        )
+    if len(opts) % 2:
+        pairs = itertools.zip_longest(opts[::2], opts[1::2])
+        lone = next((key for key, value in pairs if key in known and (value is None or value in known)), None)
+        problem = f"{lone} has no value" if lone else f"{len(opts)} words are given: {' '.join(opts)}"
+        raise ValueError(f"config keys and values must alternate, but {problem}")
+    for key in opts[::2]:
+        if key not in known:
+            raise ValueError(unknown_key(key, known))
+
+
+def _is_wrongly_none(cfg: CfgNode, key: str, defaults: CfgNode) -> bool:
+    """yacs lets None pass for any value; it means something where it is the default, or WEIGHT_DECAY's."""
+    has_meaning = value_of(defaults, key) is None or key.startswith("SOLVER.WEIGHT_DECAY_")
+    return value_of(cfg, key) is None and not has_meaning
+
+
+def _wrong_type(key: str, found: Any, value: Any) -> str:
+    """What to say of what was ``found`` where something like ``value`` should be."""
+    if isinstance(value, CfgNode):
+        return f"{key} holds other keys, such as {key}.{next(iter(value))}; set those, got {found!r}"
+    problem = f"{key} must be of type {type(value).__name__}, such as {value!r}; got {found!r}"
+    if isinstance(value, tuple | list):
+        return f'{problem}. On a command line, in quotes, as {key} "{value!r}"'
+    return problem
 
 
 class _Loader(yaml.SafeLoader):

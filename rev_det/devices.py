@@ -70,3 +70,11 @@ def cudnn_attention(allowed: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory: an error of Python, of torch, or of a library it calls."""
+    words = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )

@@ -5,18 +5,16 @@ What is traced is Detectron2's ``TracingAdapter``, which makes tensors of its li
 
 from __future__ import annotations
 
-import contextlib
+import copy
+import functools
 import importlib.util
 import io
 import json
-import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from detectron2.export import TracingAdapter
@@ -26,10 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import __version__
-from .checks import check_choice, check_pair, is_out_of_memory
 from .data.images import check_extent
+from .devices import is_out_of_memory
 from .files import check_output, whole_file
-from .modeling import backbone as plain_backbone
+from .modeling.backbone import ReversibleBackbone
+from .modeling.derived import Methods, give_methods
+from .rules import check_choice, check_pair
 
 # By format, how the names of its files end.
 FORMATS = {"torchscript": (".pt", ".ts"), "onnx": (".onnx",), "torch-export": (".pt2",)}
@@ -51,6 +51,7 @@ _MEANINGS = {
     "image_size": "(2,) int64: height and width of the image",
 }
 _Outputs = dict[str, Tensor]
+_Exported = tuple[io.BytesIO, Callable[[Tensor], _Outputs]]
 
 
 @dataclass(frozen=True)
@@ -81,18 +82,23 @@ class Comparison:
 class _Source:
     """What is exported: a module from one tensor to a tuple of tensors, and inputs to try it on."""
 
-    part: str
-    module: nn.Module
-    input: str
-    outputs: tuple[str, ...]
+    module: TracingAdapter
+    input: tuple[str, str]  # name and meaning
+    outputs: dict[str, str]
     example: Tensor
-    other: Tensor
-    multiple: int
+    other: Tensor | None  # of another size; None if the file takes that of the example alone
+    # What the sides of a backbone's images are multiples of, and the least multiple.
+    multiple: int = 1
     minimum: int = 1
-    strides: tuple[int, ...] = ()  # of a backbone's outputs
 
-    def __call__(self, x: Tensor) -> _Outputs:
-        return dict(zip(self.outputs, self.module(x), strict=True))
+    def named(self, values: Iterable[Tensor]) -> _Outputs:
+        return dict(zip(self.outputs, values, strict=True))
+
+    def description(self) -> str:
+        """What goes in and what comes out, as JSON."""
+        part = "backbone" if self.input[0] == "images" else "detector"
+        content = {"part": part, "inputs": dict([self.input]), "outputs": self.outputs}
+        return json.dumps({"rev_det": __version__, **content}, indent=1)
 
 
 def export(
@@ -106,7 +112,7 @@ def export(
 ) -> list[Comparison]:
     """Write a part of a detector to a file that needs neither rev_det nor Detectron2.
 
-    The file is loaded again and must compute what the model computes: on the input it was made with and,
+    Its content is loaded again and must compute what the model computes: on the input it was made with and,
     unless it takes that size alone (ONNX of a detector), on one of another size. Else nothing is written.
     Inputs and outputs are described in the file, in `DESCRIPTION`.
 
@@ -132,7 +138,6 @@ def export(
             else.
     """
     check_target(path, format, part)
-    path = Path(path)
     if size is None and image is None:
         raise ValueError("--size is missing: there is no image to take it from")
     size = tuple(image.shape[-2:]) if size is None else tuple(size)
@@ -141,23 +146,27 @@ def export(
         check_extent(*size)
     except ValueError as error:
         raise ValueError(f"--size {size[0]} {size[1]} is no image to export with: {error}") from error
-    with torch.no_grad(), _frozen(model), _any_size(), _quiet():
-        source = _detector(model, size, image) if part == "detector" else _backbone(model, size, format)
-        with whole_file(str(path)) as unfinished:
-            unfinished = Path(unfinished)
-            try:
-                _WRITERS[format](source, unfinished)
-                load = _READERS[format](source, unfinished)
-            # The exporters raise exceptions of many kinds.
-            except Exception as error:
-                full = isinstance(error, RuntimeError) and isinstance(error.__context__, OSError)
-                if full or isinstance(error, OSError) or is_out_of_memory(error):
-                    raise
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                raise ValueError(f"--format {format} --part {part} fails: {reason}; {_WORKS}") from error
-            fixed = (format, part) == ("onnx", "detector")
-            inputs = [source.example] if fixed else [source.example, source.other]
-            return [_compare(source, load, x) for x in inputs]
+    with torch.no_grad(), warnings.catch_warnings():
+        # Tracing warns of each value that it takes for a constant; whether that is right is seen below.
+        warnings.simplefilter("ignore")
+        (model if part == "detector" else model.backbone).eval()
+        # TorchScript keeps which parameters require gradients, and users of the file would pay for them.
+        model = copy.deepcopy(model).requires_grad_(False)
+        give_methods(model, {ReversibleBackbone: _AnySize})
+        source = (_detector if part == "detector" else _backbone)(model, size, image, format)
+        try:
+            content, load = _EXPORTERS[format](source)
+        # The exporters raise exceptions of many kinds.
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ValueError(f"--format {format} --part {part} fails: {reason}; {_WORKS}") from error
+        inputs = [x for x in (source.example, source.other) if x is not None]
+        comparisons = [_compare(source, load, x) for x in inputs]
+    with whole_file(os.fspath(path)) as unfinished, open(unfinished, "wb") as file:
+        file.write(content.getbuffer())
+    return comparisons
 
 
 def check_target(path: str | os.PathLike, format: str, part: str) -> None:
@@ -182,67 +191,42 @@ def check_target(path: str | os.PathLike, format: str, part: str) -> None:
         )
 
 
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """TorchScript keeps which parameters require gradients, and users of the file would pay for them."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+class _AnySize(Methods):
+    """Interpolates the position embedding even to its own size, which changes nothing there.
 
-
-@contextlib.contextmanager
-def _any_size() -> Iterator[None]:
-    """Let the position embedding be interpolated even to its own size, which changes nothing there.
-
-    Detectron2's function then returns it as it is, and a trace would have one or the other for all sizes.
+    `ReversibleBackbone` leaves it as it is then, and a trace would have one or the other for all sizes.
     """
-    before = plain_backbone.get_abs_pos
-    plain_backbone.get_abs_pos = _interpolated
-    try:
-        yield
-    finally:
-        plain_backbone.get_abs_pos = before
+
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        x = self.patch_embed(images)  # (B, H', W', C)
+        side = math.isqrt(self.pos_embed.shape[1])
+        grid = self.pos_embed.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, C, side, side)
+        grid = functional.interpolate(grid, size=x.shape[1:3], mode="bicubic", align_corners=False)
+        return (x + grid.permute(0, 2, 3, 1)).flatten(1, 2), (x.shape[1], x.shape[2])
 
 
-def _interpolated(pos_embed: Tensor, has_cls_token: bool, hw: Sequence[int]) -> Tensor:
-    """What Detectron2's ``get_abs_pos`` computes for other sizes. (1, S * S, C) -> (1, H, W, C)."""
-    side = math.isqrt(int(pos_embed.shape[1]))
-    grid = pos_embed.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    grid = functional.interpolate(grid, size=tuple(hw), mode="bicubic", align_corners=False)
-    return grid.permute(0, 2, 3, 1)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Tracing warns of each value that it takes for a constant; whether that is right is checked later."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
-
-
-def _detector(model: nn.Module, size: tuple[int, int], image: Tensor | None) -> _Source:
+def _detector(model: nn.Module, size: tuple[int, int], image: Tensor | None, format: str) -> _Source:
     if type(model) not in (GeneralizedRCNN, RetinaNet):
         raise ValueError(
             f"--part detector: a {type(model).__name__} cannot be exported, a GeneralizedRCNN or "
             "RetinaNet can; --part backbone exports its backbone"
         )
-    picture = _pattern() if image is None else image
     height, width = size
-    example, other = (_resized(picture, (h, w)) for h, w in (size, (height * 3 // 4 + 5, width * 5 // 6 + 3)))
+    picture = (_pattern() if image is None else image)[None].float()
+    example, other = (
+        functional.interpolate(picture, size, mode="bilinear")[0]
+        for size in (size, (height * 3 // 4 + 5, width * 5 // 6 + 3))
+    )
     adapter = TracingAdapter(model, [{"image": example}], _detect).eval()
     adapter(example)
     names = (*adapter.outputs_schema.keys, "image_size")
-    return _Source("detector", adapter, "image", names, example, other, multiple=1)
+    outputs = {name: _MEANINGS.get(name, "") for name in names}
+    if format == "onnx":
+        other, shape = None, f"(3, {height}, {width})"
+    else:
+        shape = "(3, H, W)"
+    meaning = f"{shape} float32: pixels from 0 to 255, in the colours of INPUT.FORMAT"
+    return _Source(adapter, ("image", meaning), outputs, example, other)
 
 
 def _detect(model: nn.Module, inputs: list[dict[str, Tensor]]) -> Instances:
@@ -252,12 +236,11 @@ def _detect(model: nn.Module, inputs: list[dict[str, Tensor]]) -> Instances:
     return model(inputs)[0]["instances"]
 
 
-def _backbone(model: nn.Module, size: tuple[int, int], format: str) -> _Source:
-    backbone = _Backbone(model.backbone)
-    strides = [shape.stride for shape in model.backbone.output_shape().values()]
-    multiple = model.backbone.size_divisibility or max(strides)
+def _backbone(model: nn.Module, size: tuple[int, int], image: Tensor | None, format: str) -> _Source:
+    strides = {name: shape.stride for name, shape in model.backbone.output_shape().items()}
+    multiple = model.backbone.size_divisibility or max(strides.values())
     # `torch.export` takes sizes of 1 for constants: no feature map may have such a side.
-    minimum = max(strides) // multiple + 1 if format == "torch-export" else 1
+    minimum = max(strides.values()) // multiple + 1 if format == "torch-export" else 1
     height, width = size
     if height % multiple or width % multiple or min(size) < minimum * multiple:
         raise ValueError(
@@ -268,11 +251,17 @@ def _backbone(model: nn.Module, size: tuple[int, int], format: str) -> _Source:
     shapes = (2, *size), (1, height + multiple, max(minimum, width // multiple // 2) * multiple)
     generator = torch.Generator().manual_seed(0)
     example, other = (torch.randn((b, 3, h, w), generator=generator) for b, h, w in shapes)
-    adapter = TracingAdapter(backbone, example).eval()
-    adapter(example)
-    names = tuple(adapter.outputs_schema.keys)
-    strides = tuple(model.backbone.output_shape()[name].stride for name in names)
-    return _Source("backbone", adapter, "images", names, example, other, multiple, minimum, strides)
+    adapter = TracingAdapter(_Backbone(model.backbone), example).eval()
+    maps = adapter(example)
+    outputs = {
+        name: f"(B, {x.shape[1]}, ceil(H / s), ceil(W / s)) float32, s = {strides[name]}"
+        for name, x in zip(adapter.outputs_schema.keys, maps, strict=True)
+    }
+    meaning = (
+        "(B, 3, H, W) float32: pixels less MODEL.PIXEL_MEAN, divided by MODEL.PIXEL_STD; H and W "
+        f"multiples of {multiple}, at least {minimum * multiple}"
+    )
+    return _Source(adapter, ("images", meaning), outputs, example, other, multiple, minimum)
 
 
 class _Backbone(nn.Module):
@@ -294,168 +283,100 @@ def _pattern() -> Tensor:
     return 255 * sum(layers)[0] / len(layers)
 
 
-def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
-    return functional.interpolate(image[None].float(), size, mode="bilinear")[0]
-
-
-def _write_torchscript(source: _Source, path: Path) -> None:
-    # The trace is compared below, on other inputs too.
+def _torchscript(source: _Source) -> _Exported:
+    content = io.BytesIO()
+    # The trace is compared later, on other inputs too.
     traced = torch.jit.trace(source.module, source.example, check_trace=False)
-    # By its own hand torch would end the program where the disk is full.
-    with path.open("wb") as file:
-        torch.jit.save(traced, file, _extra_files={DESCRIPTION: _description(source, fixed=False)})
+    torch.jit.save(traced, content, _extra_files={DESCRIPTION: source.description()})
+    content.seek(0)
+    loaded = torch.jit.load(content)
+    return content, lambda x: source.named(loaded(x))
 
 
-def _read_torchscript(source: _Source, path: Path) -> Callable[[Tensor], _Outputs]:
-    loaded = torch.jit.load(str(path))
-    return lambda x: dict(zip(source.outputs, loaded(x), strict=True))
-
-
-def _write_onnx(source: _Source, path: Path) -> None:
+def _onnx(source: _Source) -> _Exported:
     import onnx
+    import onnxruntime
 
-    fixed = source.part == "detector"
-    axes = {0: "batch", 2: "height", 3: "width"}
+    content = io.BytesIO()
+    names, axes = [source.input[0], *source.outputs], {0: "batch", 2: "height", 3: "width"}
     # With `dynamo` it goes through `torch.export`, which does not take a detector.
     torch.onnx.export(
         source.module,
         (source.example,),
-        str(path),
+        content,
         dynamo=False,
         opset_version=_OPSET,
-        input_names=[source.input],
-        output_names=list(source.outputs),
-        dynamic_axes=None if fixed else {source.input: axes, **{name: axes for name in source.outputs}},
+        input_names=names[:1],
+        output_names=names[1:],
+        dynamic_axes=None if source.other is None else {name: axes for name in names},
     )
-    model = onnx.load(str(path))
+    content.seek(0)
+    model = onnx.load(content)
     for value, name in zip(model.graph.output, source.outputs, strict=True):
-        _rename(model.graph, value.name, name)
-    model.doc_string = f"A {source.part} exported by rev_det {__version__}"
-    onnx.helper.set_model_props(model, {DESCRIPTION: _description(source, fixed)})
+        if value.name != name:  # the exporter loses those of what is made in scripted functions
+            model.graph.node.append(onnx.helper.make_node("Identity", [value.name], [name]))
+            value.name = name
+    model.doc_string = f"Exported by rev_det {__version__}"
+    onnx.helper.set_model_props(model, {DESCRIPTION: source.description()})
     onnx.checker.check_model(model)
-    onnx.save(model, str(path))
+    content = io.BytesIO(model.SerializeToString())
+    session = onnxruntime.InferenceSession(content.getvalue(), providers=["CPUExecutionProvider"])
+    run = functools.partial(session.run, names[1:])
+    return content, lambda x: source.named(map(torch.from_numpy, run({names[0]: x.numpy()})))
 
 
-def _rename(graph: Any, before: str, after: str) -> None:
-    """The exporter loses the names of outputs that are made in scripted functions."""
-    values = [*graph.output, *graph.value_info]
-    for value in values:
-        if value.name == before:
-            value.name = after
-    for node in graph.node:
-        for names in (node.input, node.output):
-            names[:] = [after if name == before else name for name in names]
-
-
-def _read_onnx(source: _Source, path: Path) -> Callable[[Tensor], _Outputs]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-    def run(x: Tensor) -> _Outputs:
-        values = session.run(list(source.outputs), {source.input: x.numpy()})
-        return {name: torch.from_numpy(value) for name, value in zip(source.outputs, values, strict=True)}
-
-    return run
-
-
-def _write_torch_export(source: _Source, path: Path) -> None:
+def _torch_export(source: _Source) -> _Exported:
     height, width = (
         source.multiple * torch.export.Dim(name, min=source.minimum) for name in ("height", "width")
     )
     shapes = {"images": {0: torch.export.Dim("batch"), 2: height, 3: width}}
     program = torch.export.export(source.module.model, (source.example,), dynamic_shapes=shapes)
-    buffer = io.BytesIO()  # for the same reason
-    torch.export.save(program, buffer, extra_files={DESCRIPTION: _description(source, fixed=False)})
-    path.write_bytes(buffer.getbuffer())
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={DESCRIPTION: source.description()})
+    content.seek(0)
+    return content, torch.export.load(content).module()
 
 
-def _read_torch_export(source: _Source, path: Path) -> Callable[[Tensor], _Outputs]:
-    return torch.export.load(str(path)).module()
-
-
-_WRITERS = {"torchscript": _write_torchscript, "onnx": _write_onnx, "torch-export": _write_torch_export}
-_READERS = {"torchscript": _read_torchscript, "onnx": _read_onnx, "torch-export": _read_torch_export}
-
-
-def _description(source: _Source, fixed: bool) -> str:
-    """What goes in and what comes out, as JSON."""
-    if source.part == "detector":
-        height, width = source.example.shape[-2:] if fixed else ("H", "W")
-        what = f"(3, {height}, {width}) float32: pixels from 0 to 255, in the colours of INPUT.FORMAT"
-        outputs = {name: _MEANINGS.get(name, "") for name in source.outputs}
-    else:
-        what = (
-            "(B, 3, H, W) float32: pixels less MODEL.PIXEL_MEAN, divided by MODEL.PIXEL_STD; H and W "
-            f"multiples of {source.multiple}, at least {source.minimum * source.multiple}"
-        )
-        features = zip(source.outputs, source.module(source.example), source.strides, strict=True)
-        outputs = {
-            name: f"(B, {x.shape[1]}, ceil(H / s), ceil(W / s)) float32, s = {stride}"
-            for name, x, stride in features
-        }
-    content = {
-        "rev_det": __version__,
-        "part": source.part,
-        "inputs": {source.input: what},
-        "outputs": outputs,
-    }
-    return json.dumps(content, indent=1)
+# Each returns what belongs into the file, and what computes its outputs, loaded from there.
+_EXPORTERS = {"torchscript": _torchscript, "onnx": _onnx, "torch-export": _torch_export}
 
 
 def _compare(source: _Source, load: Callable[[Tensor], _Outputs], x: Tensor) -> Comparison:
     shape = tuple(x.shape)
-    expected = source(x)
+    differs = f"the exported file differs from the model on an input of shape {shape}:"
+    expected = source.named(source.module(x))
     try:
         found = load(x)
     # Raised by onnxruntime and by the guards of `torch.export`, of many kinds.
     except Exception as error:
         raise ValueError(f"the exported file fails on an input of shape {shape}: {error}") from error
-    detections = None
-    if source.part == "detector":
-        found, detections = _in_order(found, expected, shape), len(expected["scores"])
-    worst, where = 0.0, next(iter(expected))
+    detections = len(expected["scores"]) if "scores" in expected else None
+    if detections is not None:
+        found = _in_order(found, expected)
+    differences = dict.fromkeys(expected, 0.0)
     for name, value in expected.items():
         if found[name].shape != value.shape:
-            raise ValueError(
-                f"the exported file differs from the model on an input of shape {shape}: {name} has shape "
-                f"{tuple(found[name].shape)}, and not {tuple(value.shape)}"
-            )
-        if not value.numel():
-            continue
-        value = value.double()
-        difference = (found[name].double() - value).abs().max().item()
-        # Not below it: a NaN is not equal to anything.
-        if not difference <= TOLERANCE * max(1.0, value.abs().max().item()):
-            raise ValueError(
-                f"the exported file differs from the model on an input of shape {shape}: {name} by "
-                f"{difference:.3g}"
-            )
-        if difference > worst:
-            worst, where = difference, name
-    return Comparison(shape, worst, where, detections)
+            shapes = f"{tuple(found[name].shape)}, and not {tuple(value.shape)}"
+            raise ValueError(f"{differs} {name} has shape {shapes}")
+        if value.numel():
+            difference = differences[name] = (found[name].double() - value.double()).abs().max().item()
+            allowed = TOLERANCE * max(1.0, value.abs().max().item()) if value.is_floating_point() else 0.0
+            # Not above it: a NaN is not equal to anything.
+            if not difference <= allowed:
+                raise ValueError(f"{differs} {name} by {difference:.3g}")
+    output = max(differences, key=lambda name: differences[name])
+    return Comparison(shape, differences[output], output, detections)
 
 
-def _in_order(found: _Outputs, expected: _Outputs, shape: tuple[int, ...]) -> _Outputs:
+def _in_order(found: _Outputs, expected: _Outputs) -> _Outputs:
     """Detections in the order of the expected ones: those of nearly equal scores may have changed places."""
-    count = len(expected["scores"])
-    if len(found["scores"]) != count:
-        raise ValueError(
-            f"the exported file differs from the model on an input of shape {shape}: it detects "
-            f"{len(found['scores'])} objects, and not {count}"
-        )
+    if len(found["scores"]) != len(expected["scores"]):
+        return found
     distance = torch.cdist(expected["pred_boxes"], found["pred_boxes"], p=float("inf"))
-    other_class = expected["pred_classes"][:, None] != found["pred_classes"]
-    distance.masked_fill_(other_class, float("inf"))
+    distance[expected["pred_classes"][:, None] != found["pred_classes"]] = torch.finfo(distance.dtype).max
     order = []
     for row in distance:
-        nearest = int(row.argmin())
-        if torch.isinf(row[nearest]):
-            raise ValueError(
-                f"the exported file differs from the model on an input of shape {shape}: it detects other "
-                "objects"
-            )
-        order.append(nearest)
+        order.append(int(row.argmin()))
         # Boxes that reach beyond the image are equal once they are clipped to it.
-        distance[:, nearest] = float("inf")
+        distance[:, order[-1]] = float("inf")
     return {name: value if name == "image_size" else value[order] for name, value in found.items()}

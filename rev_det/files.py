@@ -8,11 +8,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 # A disk is full, or a quota or limit is reached; or it is broken, or no longer there or writable.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+_PART = ".part-"
+_LONGEST_NAME = 255  # bytes, on nearly all file systems
 
 
 def check_output(path: str | os.PathLike | None, suffixes: Sequence[str] = (), name: str = "") -> None:
@@ -49,9 +51,38 @@ class UnwritableError(OSError):
     """A file cannot be written; the message has its path, the reason and how much room there is."""
 
 
+def check_kept(name: str, outputs: Iterable[str], inputs: Iterable[str]) -> None:
+    """Find before the work that a file to be written is one that is read, which would be lost.
+
+    Args:
+        name: what messages put first, such as an option with its value.
+        outputs, inputs: paths; inputs that are no files of this machine are passed over.
+
+    Raises:
+        ValueError: naming the file. Links and the case of letters do not hide it.
+    """
+    known = {_identity(path) for path in inputs if os.path.isfile(path)}
+    for path in (path for output in outputs for path in (output, part_path(output))):
+        if os.path.isfile(path) and _identity(path) in known:
+            raise ValueError(f"{name} would overwrite {path}, which is read; name another place")
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def printable(text: str) -> str:
+    """A name as part of a line: what is not UTF-8, or would end the line, is escaped."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def part_path(path: str) -> str:
     """The name of a file that is not complete yet; its ending, which decides the format, is the same."""
-    return os.path.join(os.path.dirname(path), f".part-{os.path.basename(path)}")
+    folder, name = os.path.split(path)
+    if len(os.fsencode(name)) > _LONGEST_NAME - len(_PART):
+        name = name[-(_LONGEST_NAME // 5) :]  # a character may take four bytes
+    return os.path.join(folder, f"{_PART}{name}")
 
 
 @contextlib.contextmanager
@@ -75,14 +106,7 @@ def whole_file(path: str) -> Iterator[str]:
 
 
 def write_whole(path: str, write: Callable[[str], Any]) -> None:
-    """Write a file beside its place and move it there when it is complete.
-
-    Args:
-        write: writes the file whose name it is given.
-
-    Raises:
-        UnwritableError: it cannot be written.
-    """
+    """`whole_file`, for a function that writes the file whose name it is given."""
     with whole_file(path) as part:
         write(part)
 
@@ -90,20 +114,21 @@ def write_whole(path: str, write: Callable[[str], Any]) -> None:
 def write_text(path: str, text: str) -> None:
     """Write text as `write_whole` does, and see that it is on the disk.
 
+    What is not UTF-8, as a file's name can be, is escaped in the way of JSON and Python.
+
     Raises:
         UnwritableError: it cannot be written.
     """
-    with whole_file(path) as part, open(part, "w", encoding="utf-8") as file:
+    with whole_file(path) as part, open(part, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
 def write_json(path: str, content: Any, indent: int | None = 1) -> None:
-    """Write JSON as `write_whole` does.
+    """Write JSON as `write_text` does.
 
     Raises:
-        UnwritableError: it cannot be written.
         ValueError: a number is infinite or NaN, which JSON has not.
     """
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False))
@@ -132,20 +157,42 @@ def naming(path: str) -> Iterator[None]:
         raise UnwritableError(f"{path} cannot be written: {cause.strerror}; {room}") from error
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(
+    path: str | os.PathLike,
+    make_object: Callable[[list], Any] | None = None,
+    encoding: str = "utf-8-sig",
+) -> Any:
     """Read a JSON file.
+
+    Args:
+        make_object: makes an object of its pairs of key and value; None for a dictionary.
+        encoding: "utf-8" where others will read it, who do not know the byte order mark of some editors.
 
     Raises:
         OSError: it cannot be opened.
-        ValueError: it is not JSON, which the message says after the path.
+        ValueError: it is not JSON or not a regular file, which the message says after the path.
     """
+    check_regular(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        with open(path, encoding=encoding) as file:
+            return json.load(file, object_pairs_hook=make_object)
     except json.JSONDecodeError as error:
         problem = f"{error.msg} in line {error.lineno}, column {error.colno}; is the file complete?"
+        if "BOM" in error.msg:
+            problem = "it begins with a byte order mark; save it as UTF-8 without one"
         raise ValueError(f"{path} is not valid JSON: {problem}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file in UTF-8: {error}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or of brackets
         raise ValueError(f"{path} is not JSON that can be read: {error}") from error
+
+
+def check_regular(path: str | os.PathLike) -> None:
+    """Before a file is opened: a pipe or a device may keep its reader waiting for ever.
+
+    Raises:
+        ValueError: it is a folder, a pipe or a device; the message begins with the path.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "a pipe or a device"
+        raise ValueError(f"{path} is {kind}, not a file")

@@ -8,8 +8,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from .checkpoint import RevCheckpointer
+from .config_files import read_config_file, why_no_file
+from .engine import build_detector
+
 if TYPE_CHECKING:
-    import torch
     from detectron2.config import CfgNode
     from torch import nn
 
@@ -20,6 +25,23 @@ def list() -> builtins.list[str]:
     """The names of all models, such as ``COCO-Detection/mask_rcnn_rev_mvit_b_fpn_3x.yaml``, sorted."""
     root = _config_root()
     return sorted(path.relative_to(root).as_posix() for path in root.glob("*/*.yaml"))
+
+
+def find_config_file(name: str) -> str:
+    """The path of the config that a command line means.
+
+    Args:
+        name: path of a YAML file, or name of a model; a file that is there comes first.
+
+    Raises:
+        FileNotFoundError: there is neither such a file nor such a model; the message has similar names.
+    """
+    if os.path.isfile(name):
+        return name
+    try:
+        return get_config_file(name)
+    except ValueError as error:
+        raise FileNotFoundError(f"--config-file {name} {why_no_file(name)}, and {error}") from error
 
 
 def get_config_file(name: str) -> str:
@@ -38,8 +60,10 @@ def get_config_file(name: str) -> str:
     found = [full for full in names if name in _spellings(full)]
     if not found:
         spellings = sorted({spelling for full in names for spelling in _spellings(full)})
-        close = difflib.get_close_matches(name, spellings, n=3) or _names_with(name)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(map(_stem, names))}"
+        with_it = [Path(full).stem for full in names if name and name.lower() in full.lower()]
+        close = difflib.get_close_matches(name, spellings, n=3) or with_it[:3]
+        every = ", ".join(Path(full).stem for full in names)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {every}"
         raise ValueError(f"there is no model {name!r} in rev_det's zoo; {hint}")
     return str(_config_root() / found[0])
 
@@ -58,8 +82,6 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
     Raises:
         ValueError: there is no such model, or ``trained``.
     """
-    from .config_files import read_config_file
-
     path = get_config_file(name)
     if trained:
         raise ValueError(
@@ -94,11 +116,6 @@ def get(
             raise ValueError(
                 f"no ImageNet weights are published for {name}; weights=None starts from nothing"
             )
-    import torch
-
-    from .checkpoint import RevCheckpointer
-    from .engine import build_detector
-
     cfg.MODEL.DEVICE = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = build_detector(cfg)
     if weights is not None:
@@ -114,13 +131,5 @@ def _config_root() -> Path:
 
 
 def _spellings(name: str) -> set[str]:
-    return {name, name.removesuffix(".yaml"), _stem(name), f"{_stem(name)}.yaml"}
-
-
-def _names_with(part: str) -> builtins.list[str]:
-    """Up to three names that contain a part of one, such as ``retinanet``."""
-    return [_stem(name) for name in list() if part and part.lower() in name.lower()][:3]
-
-
-def _stem(name: str) -> str:
-    return Path(name).stem
+    stem = Path(name).stem
+    return {name, name.removesuffix(".yaml"), stem, f"{stem}.yaml"}

@@ -1,7 +1,9 @@
 """A detector of a few channels, and images, for the tests of prediction."""
 
+import os
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -15,6 +17,17 @@ HEIGHT, WIDTH = 48, 64
 def save_image(path: Path, seed: int, height: int = HEIGHT, width: int = WIDTH) -> str:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+def save_video(path: Path, frames) -> str:
+    """Write (H, W, 3) RGB pictures as an AVI of JPEG, at 12 frames a second."""
+    height, width = frames[0].shape[:2]
+    codec = cv2.VideoWriter_fourcc(*"MJPG")
+    writer = cv2.VideoWriter(os.fsencode(path), codec, 12.0, (width, height))
+    for frame in frames:
+        writer.write(np.ascontiguousarray(frame[:, :, ::-1]))
+    writer.release()
     return str(path)
 
 

@@ -1,24 +1,19 @@
-"""Classification: the official preprocessing, the head put back, accuracy counted."""
+"""Classification: the official preprocessing, the head put back, images of every kind."""
 
 import numpy as np
 import pytest
 import torch
-from image_folder import make_image, save_by_rank, save_images
+from image_folder import make_image, save_images
 from PIL import Image
 from reference import Vectors, image
-from tiny_named import CLASSES, add_tiny_model, save_tiny, tiny_logits
+from tiny_named import CLASSES, add_tiny_model, save_tiny, tiny_logits, tiny_state
 
-from rev_det.classify import (
-    Accuracy,
-    ImageFiles,
-    load_classifier,
-    predict,
-    preprocessing,
-    read_labels,
-)
+from rev_det.checkpoint.named import NAMED_MODELS, read_geometry
+from rev_det.classify import find_validation_images, load_classifier, predict, preprocessing, read_labels
 from rev_det.engine.amp import Precision
 
 FLOAT32 = Precision("cpu")
+HEAD = {"weight": "head.projection.weight", "bias": "head.projection.bias"}
 
 
 @pytest.fixture(autouse=True)
@@ -31,13 +26,31 @@ def classifier(tmp_path):
     return load_classifier(save_tiny(tmp_path / "tiny.pyth"))[0]
 
 
+# ---- the named models ----
+
+
+@pytest.mark.parametrize("name", NAMED_MODELS)
+def test_a_named_model_has_its_size_its_heads_and_its_file(name):
+    named = NAMED_MODELS[name]
+    with torch.device("meta"):
+        model = named.build()
+    assert read_geometry(model.state_dict()).model == name
+    assert model.blocks[0].F.attn.num_heads == named.num_heads
+    assert model.pos_embed.shape[1] == (56 if name == "rev_mvit_b" else 14) ** 2
+    published = {"rev_vit_s": 79.9, "rev_vit_b": 81.8, "rev_mvit_b": 82.9}
+    assert named.top1 == published.get(name, 0.0)
+    address = f"https://dl.fbaipublicfiles.com/pyslowfast/rev/{name.upper()}.pyth"
+    assert named.url == (address if name in published else "")
+
+
 @pytest.mark.parametrize("name, seed", [("rev_vit_s", 101), ("rev_mvit_b", 103)])
 def test_the_logits_are_the_official_models(name, seed, tmp_path):
     vectors = Vectors(f"parity_{name}.npz")
     state = {key: value.float() for key, value in vectors.state().items()}
     torch.save({"model_state": state}, tmp_path / "file.pyth")
-    classifier, weights = load_classifier(tmp_path / "file.pyth")
-    assert weights.model == name
+    classifier, model, result = load_classifier(tmp_path / "file.pyth")
+    assert (model, result.dropped) == (name, [])
+    assert not classifier.training
     x = image((2, 3, 224, 224), seed)
     with torch.no_grad():
         assert vectors.error("logits", classifier(x.float())) < 1e-5
@@ -52,10 +65,36 @@ def test_under_autocast_the_head_stays_in_float32(classifier):
     assert not torch.equal(logits, logits.bfloat16().float())
 
 
-def test_a_file_without_a_head_is_an_error_that_names_the_published_one(tmp_path):
-    path = save_tiny(tmp_path / "t.pyth", **{"head.projection.weight": None, "head.projection.bias": None})
-    with pytest.raises(ValueError, match=r"t\.pyth holds no classifier .* https://example.org/t\.pyth"):
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({HEAD["bias"]: None}, "1 missing in the file: head.bias"),
+        ({HEAD["bias"]: torch.zeros(9)}, r"head.bias \(9,\) in the file, \(10,\) in the model"),
+        ({HEAD["weight"]: torch.zeros(10, 32)}, r"\(10, 32\) in the file, \(10, 64\) in the model"),
+        ({HEAD["bias"]: torch.full((10,), torch.nan)}, "NaN.* head.bias"),
+        ({HEAD["bias"]: torch.zeros(10, dtype=torch.int64)}, "head.bias is int64, allowed .* floating-point"),
+        ({"norm.bias": torch.zeros(9)}, r"norm.bias \(9,\) in the file, \(64,\) in the model"),
+    ],
+)
+def test_a_damaged_head_or_backbone_is_an_error(tmp_path, changes, words):
+    path = save_tiny(tmp_path / "tiny.pyth", **changes)
+    with pytest.raises(ValueError, match=words) as info:
         load_classifier(path)
+    assert str(info.value).startswith(path)
+
+
+def test_a_file_for_none_or_another_of_the_named_models_is_an_error(tmp_path):
+    path = save_tiny(tmp_path / "tiny.pyth")
+    with pytest.raises(ValueError, match="Another size: the file holds a Rev-ViT-TINY .* is a Rev-ViT-S"):
+        load_classifier(path, "rev_vit_s")
+    with pytest.raises(ValueError, match="no model 'rev_vit_xl'.*rev_vit_s, rev_vit_b, rev_vit_l"):
+        load_classifier(path, "rev_vit_xl")
+    other = {key: value for key, value in tiny_state().items() if ".layers.3." not in key}
+    with pytest.raises(ValueError, match=r"the state holds a Rev-ViT \(width 32, depth 3\), .* none of the"):
+        load_classifier(other)
+
+
+# ---- images ----
 
 
 @pytest.mark.parametrize("width, height", [(500, 300), (300, 500), (256, 256), (100, 90)])
@@ -72,86 +111,35 @@ def test_preprocessing_is_the_official_one(width, height):
     assert np.abs(found.numpy() - expected.transpose(2, 0, 1)).max() < 1e-5
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P"])
-def test_every_colour_mode_becomes_rgb(mode, tmp_path):
-    picture = make_image(1).convert(mode)
-    picture.save(tmp_path / "a.tif")
-    _, found, problem = ImageFiles([str(tmp_path / "a.tif")])[0]
-    assert problem == ""
-    assert torch.equal(found, preprocessing()(picture.convert("RGB")))
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_predictions_are_in_the_files_order_whatever_the_batches(classifier, tmp_path, workers):
-    paths = save_images(tmp_path / "images", 5)
-    batches = list(predict(classifier, ImageFiles(paths), FLOAT32, batch_size=2, workers=workers))
-    assert [batch.paths for batch in batches] == [paths[:2], paths[2:4], paths[4:]]
-    expected = tiny_logits(torch.stack([preprocessing()(make_image(seed)) for seed in range(5)])).softmax(1)
-    found = torch.cat([batch.probabilities for batch in batches])
-    assert torch.allclose(found, expected, atol=1e-6)
+def test_predictions_are_in_the_files_order_whatever_the_batches_and_colours(classifier, tmp_path, workers):
+    paths = save_images(tmp_path / "images", 4)
+    pictures = [make_image(seed) for seed in range(4)]
+    for mode in ("L", "RGBA", "CMYK", "P"):
+        pictures.append(make_image(5).convert(mode))
+        paths.append(str(tmp_path / f"{mode}.tif"))
+        pictures[-1].save(paths[-1])
+    (tmp_path / "text.JPEG").write_text("no image")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "images/0.png").read_bytes()[:2000])
+    bad = [str(tmp_path / name) for name in ("text.JPEG", "cut.png", "absent.jpg")]
+    found = list(predict(classifier, [*bad, *paths], FLOAT32, batch_size=2, workers=workers))
+    assert [path for path, _, _ in found] == [*bad, *paths]
+    for (_, absent, problem), words in zip(
+        found, ("cannot identify", "truncated", "No such file"), strict=False
+    ):
+        assert words in problem and absent is None
+    expected = tiny_logits(torch.stack([preprocessing()(p.convert("RGB")) for p in pictures])).softmax(1)
+    assert torch.allclose(
+        torch.stack([probabilities for _, probabilities, _ in found[3:]]), expected, atol=1e-6
+    )
     assert (expected.max(0).values - expected.min(0).values).max() > 1e-3  # the images do differ
 
 
-def test_accuracy_counts_first_and_among_five(classifier, tmp_path):
-    ranks = [0, 4, 0, 5, 1, 9, 0]
-    files = ImageFiles.from_folder(save_by_rank(tmp_path / "val", tiny_logits, ranks), CLASSES)
-    accuracy = Accuracy()
-    for batch in predict(classifier, files, FLOAT32, batch_size=3):
-        accuracy.add(batch)
-    assert (accuracy.images, accuracy.top1, accuracy.top5) == (7, 3, 5)
-    assert accuracy.unreadable == []
-
-
-def test_files_that_cannot_be_read_are_named_with_the_reason_and_the_others_counted(classifier, tmp_path):
-    folder = save_by_rank(tmp_path / "val", tiny_logits, [0, 0, 7])
-    (folder / "n100" / "text.JPEG").write_text("no image")
-    whole = next(folder.glob("*/0.JPEG")).read_bytes()
-    (folder / "n109" / "cut.JPEG").write_bytes(whole[: len(whole) // 2])
-    accuracy = Accuracy()
-    for batch in predict(classifier, ImageFiles.from_folder(folder, CLASSES), FLOAT32, batch_size=2):
-        accuracy.add(batch)
-    assert (accuracy.images, accuracy.top1, accuracy.top5) == (3, 2, 2)
-    (text, why_text), (cut, why_cut) = accuracy.unreadable
-    assert (text, cut) == (str(folder / "n100/text.JPEG"), str(folder / "n109/cut.JPEG"))
-    assert "cannot identify image" in why_text
-    assert "truncated" in why_cut
-
-
-def test_a_batch_of_unreadable_files_only(classifier, tmp_path):
-    paths = [str(tmp_path / "absent.jpg")]
-    (batch,) = predict(classifier, ImageFiles(paths), FLOAT32)
-    assert (batch.paths, tuple(batch.probabilities.shape)) == ([], (0, CLASSES))
-    assert batch.unreadable[0][0] == paths[0]
-
-
-@pytest.mark.parametrize("folders, words", [(9, "val has 9 folders, .* 10 classes"), (10, "no images in")])
-def test_a_folder_that_is_not_imagenets_is_an_error(folders, words, tmp_path):
-    for i in range(folders):
-        (tmp_path / "val" / f"n{i}").mkdir(parents=True)
-    with pytest.raises(ValueError, match=words):
-        ImageFiles.from_folder(tmp_path / "val", 10)
-
-
-def test_nothing_to_classify_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder .*val"):
-        ImageFiles.from_folder(tmp_path / "val", 10)
-    with pytest.raises(ValueError, match="no images"):
-        ImageFiles([])
-
-
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"workers": -1}])
-def test_batches_and_workers_have_bounds(classifier, tmp_path, options):
-    files = ImageFiles(save_images(tmp_path / "images", 1))
-    with pytest.raises(ValueError, match="at least 1 and workers at least 0: "):
-        predict(classifier, files, FLOAT32, **options)
-
-
 def test_logits_that_are_not_finite_are_an_error_not_a_class(classifier, tmp_path):
-    paths = save_images(tmp_path / "images", 1)
     with torch.no_grad():
         classifier.head.weight.mul_(torch.inf)
     with pytest.raises(ValueError, match=r"0\.png .* not finite: .* float32 on cpu"):
-        list(predict(classifier, ImageFiles(paths), FLOAT32))
+        list(predict(classifier, save_images(tmp_path / "images", 1), FLOAT32))
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_an_error_that_says_so(classifier, tmp_path):
@@ -160,11 +148,22 @@ def test_a_batch_that_does_not_fit_into_memory_is_an_error_that_says_so(classifi
 
     classifier.forward = fail
     with pytest.raises(ValueError, match="2 images at a time do not fit .* lower --batch-size"):
-        list(predict(classifier, ImageFiles(save_images(tmp_path / "images", 2)), FLOAT32))
+        list(predict(classifier, save_images(tmp_path / "images", 2), FLOAT32))
 
 
-def test_labels_are_one_on_each_line(tmp_path):
-    (tmp_path / "labels.txt").write_text("tench, Tinca\r\n goldfish\n", encoding="utf-8")
+@pytest.mark.parametrize("folders, words", [(9, "val has 9 folders, .* 10 classes"), (10, "no images in")])
+def test_a_folder_that_is_not_imagenets_is_an_error(folders, words, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder .*val"):
+        find_validation_images(tmp_path / "val", CLASSES)
+    for i in range(folders):
+        (tmp_path / "val" / f"n{i}").mkdir(parents=True)
+    with pytest.raises(ValueError, match=words):
+        find_validation_images(tmp_path / "val", CLASSES)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_labels_are_one_on_each_line(tmp_path, encoding):
+    (tmp_path / "labels.txt").write_text("tench, Tinca\r\n goldfish\n", encoding=encoding)
     assert read_labels(tmp_path / "labels.txt", 2) == ["tench, Tinca", "goldfish"]
     with pytest.raises(ValueError, match=r"labels\.txt has 2 lines, but the classifier has 3"):
         read_labels(tmp_path / "labels.txt", 3)

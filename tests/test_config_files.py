@@ -1,5 +1,11 @@
 """Configs are read without running code, wherever a command or a function takes one."""
 
+import functools
+import html
+import http.server
+import os
+import threading
+
 import pytest
 import yaml
 from detectron2.config import get_cfg
@@ -7,6 +13,8 @@ from detectron2.model_zoo import get_config_file
 
 from rev_det.config import add_rev_det_config
 from rev_det.config_files import read_config_file
+from rev_det.engine import load_config
+from rev_det.model_zoo import find_config_file
 from rev_det_cli import main
 
 RUNS_CODE = "!!python/object/apply:os.mkdir"
@@ -27,6 +35,22 @@ def malicious(tmp_path, marker):
     config = run / "config.yaml"
     config.write_text(f"MODEL:\n  MASK_ON: {RUNS_CODE} ['{marker}']\n")
     return config
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The address of ``tmp_path`` on a web server."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_the_report_names_a_config_that_would_run_code_and_does_not_run_it(malicious, marker):
+    assert main(["report", str(malicious.parent)]) == 0
+    page = html.unescape((malicious.parent / "report.html").read_text())
+    assert f"the tag {RUNS_CODE} " in page and not marker.exists()
 
 
 def require_refused(arguments, config, marker, capsys):
@@ -51,7 +75,6 @@ def test_detectron2_would_run_it(malicious, marker):
         ("export", "--weights", "{run}/model_final.pth", "--format", "torchscript", "--output", "{run}/x.pt"),
         ("analyze", "{config}"),
         ("bench", "--config-file", "{config}"),
-        ("report", "{run}"),
     ],
 )
 def test_no_command_runs_what_a_config_asks_for(arguments, malicious, marker, tmp_path, capsys):
@@ -62,13 +85,8 @@ def test_no_command_runs_what_a_config_asks_for(arguments, malicious, marker, tm
 
 
 @pytest.mark.parametrize("base", ["run/config.yaml", "[run/config.yaml]", "{url}"])
-def test_what_a_config_is_based_on_runs_nothing(base, malicious, marker, tmp_path, capsys, monkeypatch):
-    url = "http://127.0.0.1:1/config.yaml"
-    # As if it had been downloaded.
-    opened = get_cfg()._open_cfg
-    monkeypatch.setattr(
-        "detectron2.config.CfgNode._open_cfg", lambda name: opened(str(malicious) if name == url else name)
-    )
+def test_what_a_config_is_based_on_runs_nothing(base, malicious, marker, tmp_path, server, capsys):
+    url = f"{server}/run/config.yaml"
     derived = tmp_path / "derived.yaml"
     derived.write_text(f"_BASE_: {base.format(url=url)}\n")
     named = url if "url" in base else malicious
@@ -82,25 +100,61 @@ def test_what_a_config_is_based_on_runs_nothing(base, malicious, marker, tmp_pat
         ("- MODEL", "config.yaml holds a list, not keys and values"),
         ("", "config.yaml holds a NoneType"),
         ("\x00", "config.yaml is not a text file in YAML: "),
-        ("_BASE_: config.yaml", "config.yaml is not a valid config: it is based on itself"),
-        ("MODEL: " + "[" * 5000, "config.yaml is not a valid config: it is based on itself, or nested"),
+        ("MODEL: " + "[" * 5000, "config.yaml is not a valid config: it is nested too deeply"),
         ("MODEL: {DEVICES: cpu}", "there is no config key MODEL.DEVICES; did you mean MODEL.DEVICE"),
         ("MODEL: {MASK_ON: [1]}", "config.yaml is not a valid config: Type mismatch"),
+        ("MODEL: {DEVICE: null}", "config.yaml: MODEL.DEVICE must be of type str, such as 'cuda'; got None"),
+        ("MODEL:", "config.yaml: MODEL holds other keys, such as MODEL.*; set those, got None"),
+        ("MODEL: 3", "config.yaml: MODEL holds other keys, .* got 3"),
+        ("MODEL: {REV: [1]}", "config.yaml: MODEL.REV holds other keys, such as MODEL.REV.ACTIVATIONS"),
+        ("1: 2", "config.yaml: 1 is not the name of a config key"),
+        ("MODEL: {null: 2}", "config.yaml: None is not the name of a config key"),
         ("SOLVER: {STEPS: !!python/object/apply:eval ['(1,)']}", "line 1 of .*: the tag !!python/.*:eval "),
         ("SOLVER: {STEPS: !!python/object/apply:eval {args: x}}", "the tag !!python/object/apply:eval "),
         ("MODEL: !!python/name:os.system", "the tag !!python/name:os.system "),
         ("MODEL: !include other.yaml", "the tag !include "),
         ("SEED: 1\nMODEL: {}\nSEED: 2", "line 3 of .*: SEED is given twice; make them one"),
+        ("_BASE_: config.yaml", "config.yaml is not a valid config: it is based on itself"),
+        ("_BASE_: 5", "_BASE_ of .*config.yaml must be the path or URL of a config, or a list; got 5"),
+        ("_BASE_:", "_BASE_ of .*config.yaml must be .* got None"),
+        ("_BASE_: [5]", r"_BASE_ of .*config.yaml must be .* got \[5\]"),
+        ("_BASE_: [missing.yaml]", "^_BASE_ of .*config.yaml: .*missing.yaml does not exist"),
+        ("_BASE_: .", "^_BASE_ of .*config.yaml: .* is a folder"),
+        ("_BASE_: fifo", "^_BASE_ of .*config.yaml: .*fifo is not a file"),
+        ("_BASE_: loop", "^_BASE_ of .*config.yaml: .*loop is not a file"),
+        (
+            "_BASE_: http://127.0.0.1:1/x.yaml",
+            "^_BASE_ of .*: http://127.0.0.1:1/x.yaml cannot be read: .*refus",
+        ),
     ],
 )
-def test_other_files_are_named_with_what_is_wrong(text, message, tmp_path):
+def test_other_files_are_named_once_with_what_is_wrong(text, message, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to("loop")
     path = tmp_path / "config.yaml"
     path.write_text(f"{text}\n")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError), match=message) as info:
         read_config_file(str(path))
-    path.write_bytes(b"MODEL: \xff")
+    assert str(info.value).count(str(path)) == 1
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "config.yaml").write_bytes(b"MODEL: \xff")
     with pytest.raises(ValueError, match="config.yaml is not a text file in YAML"):
-        read_config_file(str(path))
+        read_config_file(str(tmp_path / "config.yaml"))
+
+
+def test_a_config_that_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, what in {"fifo": "is not a file", "loop": "is not a file", "none": "does not exist"}.items():
+        for read in (read_config_file, find_config_file, load_config):
+            with pytest.raises(FileNotFoundError, match=f"{name} {what}"):
+                read(str(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match="is a folder.* no model"):
+        find_config_file(str(tmp_path))
+    with pytest.raises(ValueError, match="--config-file is missing"):
+        load_config("")
 
 
 def test_detectron2s_retinanet_and_tuples_are_read_all_the_same(tmp_path):
@@ -115,8 +169,8 @@ def test_detectron2s_retinanet_and_tuples_are_read_all_the_same(tmp_path):
         yaml.dump({"_BASE_": path, "SOLVER": {"STEPS": (3, 5)}, "DATASETS": {"TRAIN": ("a", "b")}})
     )
     assert "!!python/tuple" in derived.read_text()
-    ours = read_config_file(str(derived))
-    assert (ours.SOLVER.STEPS, ours.DATASETS.TRAIN) == ((3, 5), ("a", "b"))
+    ours = read_config_file(str(derived), ["SOLVER.STEPS", "(4,)"])
+    assert (ours.SOLVER.STEPS, ours.DATASETS.TRAIN) == ((4,), ("a", "b"))
     assert ours.MODEL.ANCHOR_GENERATOR.SIZES == theirs.MODEL.ANCHOR_GENERATOR.SIZES
 
 

@@ -141,19 +141,6 @@ def test_files_that_are_named_exist(page):
     assert not list(missing_files(page))
 
 
-def test_broken_links_and_missing_files_are_found(tmp_path):
-    (tmp_path / "other.md").write_text("# What it is, and `how`\n")
-    page = tmp_path / "page.md"
-    page.write_text(
-        "[a](other.md) [b](other.md#what-it-is-and-how) [c](https://x.org/y) [d](#here) [e](gone.md#here)\n"
-        "[f](other.md#gone) `rev_det/config.py` `rev_det/gone.py` tests/modeling, docs/method.md.\n"
-        "## Here\n`mask_rcnn_baseline_vit_{s,xx}_fpn_3x.yaml` --config-file configs/gone.yaml\n"
-    )
-    assert list(broken_links(page)) == ["gone.md#here", "other.md#gone"]
-    missing = ["rev_det/gone.py", "configs/gone.yaml", "mask_rcnn_baseline_vit_xx_fpn_3x.yaml"]
-    assert list(missing_files(page)) == missing
-
-
 def test_the_site_builds_without_warnings_and_needs_no_other_host(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")

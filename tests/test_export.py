@@ -2,15 +2,17 @@
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling import build_model
 from nano_detector import nano_config
 from torch import nn
 
@@ -133,54 +135,38 @@ def test_a_detector_computes_the_same(make, format, tmp_path):
         assert found["pred_masks"].shape == (len(expected), 1, 28, 28)
 
 
-@formats
 @pytest.mark.parametrize(
-    "make, size",
-    # Two are made at the size of their position embedding, which needs no interpolation.
-    [(mask_rcnn_mvit, (64, 64)), (mask_rcnn_vit, (128, 128)), (retinanet, (160, 192))],
+    "make, format, size",
+    [
+        # Two are made at the size of their position embedding, which needs no interpolation.
+        (mask_rcnn_mvit, "torchscript", (64, 64)),
+        (mask_rcnn_vit, "torchscript", (128, 128)),
+        (retinanet, "torchscript", (160, 192)),
+        pytest.param(mask_rcnn_mvit, "onnx", (64, 64), marks=needs_onnx),
+        pytest.param(mask_rcnn_vit, "onnx", (128, 128), marks=needs_onnx),
+        pytest.param(retinanet, "onnx", (160, 192), marks=needs_onnx),
+        (mask_rcnn_vit, "torch-export", (160, 192)),
+        pytest.param(mask_rcnn_mvit, "torch-export", (160, 192), marks=pytest.mark.slow),
+    ],
 )
-def test_a_backbone_takes_any_batch_and_size(make, size, format, tmp_path):
+def test_a_backbone_takes_any_batch_and_size(make, format, size, tmp_path):
     model = build(make)
     path = tmp_path / f"backbone{SUFFIX[format]}"
     export(model, path, format, "backbone", size=size)
     loaded = load(path, format)
-    outputs = description(path, format)["outputs"]
-    names = list(outputs)
+    content = description(path, format)
+    assert list(content["inputs"]) == ["images"] and content["part"] == "backbone"
     # Sides of 160 pixels make 3 at the stride of 64, which does not divide them.
     for name, shape in model.backbone.output_shape().items():
-        assert outputs[name] == f"(B, {shape.channels}, ceil(H / s), ceil(W / s)) float32, s = {shape.stride}"
-    for shape in ((3, 3, 64, 64), (1, 3, 128, 128), (1, 3, 128, 64), (2, 3, 96, 224)):
+        meaning = f"(B, {shape.channels}, ceil(H / s), ceil(W / s)) float32, s = {shape.stride}"
+        assert content["outputs"][name] == meaning
+    for shape in ((3, 3, 96, 96), (1, 3, 128, 128), (1, 3, 128, 96), (2, 3, 96, 224)):
         x = torch.randn(shape)
         with torch.no_grad():
             expected = model.backbone(x)
-        assert list(expected) == names
+        assert list(expected) == list(content["outputs"])
         for found, value in zip(loaded(x), expected.values(), strict=True):
             assert torch.allclose(found, value, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "make, name",
-    [
-        (mask_rcnn_vit, "build_rev_vit_backbone"),
-        (mask_rcnn_vit, "build_rev_vit_fpn_backbone"),
-        pytest.param(mask_rcnn_mvit, "build_rev_mvit_fpn_backbone", marks=pytest.mark.slow),
-    ],
-)
-def test_torch_export_of_a_backbone_takes_any_batch_and_size(make, name, tmp_path):
-    torch.manual_seed(0)
-    cfg = make()
-    cfg.MODEL.BACKBONE.NAME = name
-    model = nn.Module()
-    model.backbone = build_backbone(cfg)
-    path = tmp_path / "backbone.pt2"
-    export(model, path, "torch-export", "backbone", size=(160, 192))
-    loaded = load(path, "torch-export")
-    for shape in ((1, 3, 128, 128), (3, 3, 96, 224)):
-        x = torch.randn(shape)
-        with torch.no_grad():
-            for found, value in zip(loaded(x), model.backbone(x).values(), strict=True):
-                assert torch.allclose(found, value, atol=1e-4)
-    assert list(description(path, "torch-export")["inputs"]) == ["images"]
 
 
 def test_torchscript_needs_torchvision_alone(tmp_path):
@@ -208,89 +194,87 @@ def test_onnx_of_a_detector_takes_its_size_alone(tmp_path):
     assert list(content["outputs"]) == ["pred_boxes", "pred_classes", "scores", "image_size"]
 
 
-def test_the_model_is_as_before(tmp_path):
-    from detectron2.modeling.backbone.utils import get_abs_pos
-
-    from rev_det.modeling import backbone
-
-    model = build(mask_rcnn_mvit)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    export(model, tmp_path / "backbone.pt", "torchscript", "backbone", size=(96, 96))
-    assert backbone.get_abs_pos is get_abs_pos
-    after = model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_training_mode_and_drop_path_are_not_exported(tmp_path):
+def test_the_model_is_as_before_and_exported_without_drop_path_and_gradients(tmp_path):
     cfg = nano_config()
     cfg.MODEL.REV_MVIT.DROP_PATH_RATE = 0.9
     model = build(lambda: cfg).train()
-    path = tmp_path / "backbone.ts"
-    export(model, path, "torchscript", "backbone", size=(96, 96))
-    loaded, x = load(path, "torchscript"), torch.randn(1, 3, 96, 96)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kinds = [type(module) for module in model.modules()]
+    export(model, tmp_path / "backbone.ts", "torchscript", "backbone", size=(96, 96))
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    loaded, x = load(tmp_path / "backbone.ts", "torchscript"), torch.randn(1, 3, 96, 96)
     assert torch.equal(loaded(x)[0], loaded(x)[0])
     assert not loaded(x)[0].requires_grad
 
 
-@pytest.mark.parametrize("part", ["detector", "backbone"])
-def test_a_file_that_computes_something_else_is_not_kept(part, tmp_path, monkeypatch):
-    def write_another(source, path):
-        class Another(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.inner = source.module
+@pytest.mark.parametrize(
+    "part, change, message",
+    [
+        ("detector", lambda first: first * 1.001, "pred_boxes by"),
+        ("backbone", lambda first: first * 1.001, "p2 by"),
+        # What is computed for the shape of the example alone.
+        ("backbone", lambda first: first[:, :, :24, :24], r"\(1, 3, 128, 32\): p2 has shape"),
+    ],
+)
+def test_a_file_that_computes_something_else_is_not_kept(part, change, message, tmp_path, monkeypatch):
+    class Another(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner.eval()
 
-            def forward(self, x):
-                first, *rest = self.inner(x)
-                return (first * 1.001, *rest)
+        def forward(self, x):
+            first, *rest = self.inner(x)
+            return (change(first), *rest)
 
-        torch.jit.save(torch.jit.trace(Another(), source.example, check_trace=False), str(path))
+    def export_another(source):
+        return real(replace(source, module=Another(source.module)))
 
+    real = module._EXPORTERS["torchscript"]
     path = tmp_path / "file.ts"
     path.write_bytes(b"what was there")
-    monkeypatch.setitem(module._WRITERS, "torchscript", write_another)
-    with pytest.raises(ValueError, match="the exported file differs from the model on an input of shape"):
+    monkeypatch.setitem(module._EXPORTERS, "torchscript", export_another)
+    with pytest.raises(ValueError, match=f"differs from the model on an input of shape .*{message}"):
         export(build(mask_rcnn_mvit), path, "torchscript", part, size=(96, 96))
     assert path.read_bytes() == b"what was there"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_for_one_size_alone_is_not_kept(tmp_path, monkeypatch):
-    def write_constant(source, path):
-        outputs = source.module(source.example)
-
-        class Constant(nn.Module):
-            def forward(self, x):
-                return tuple(value + 0 * x.sum() for value in outputs)
-
-        torch.jit.save(torch.jit.trace(Constant(), source.example, check_trace=False), str(path))
-
-    monkeypatch.setitem(module._WRITERS, "torchscript", write_constant)
-    with pytest.raises(ValueError, match=r"input of shape \(1, 3, 128, 32\): p2 has shape"):
-        export(build(mask_rcnn_mvit), tmp_path / "file.ts", "torchscript", "backbone", size=(96, 96))
-    assert not list(tmp_path.iterdir())
+def boxes_and_classes(order, boxes, classes):
+    """A detector's outputs, of an exported file and of the model; the file has its detections in an order."""
+    expected = {"pred_boxes": torch.tensor(boxes), "pred_classes": torch.tensor(classes)}
+    expected["scores"] = torch.ones(len(boxes))
+    found = {name: value[order] for name, value in expected.items()}
+    source = module._Source(lambda x: tuple(expected.values()), ("image", ""), expected, None, None)
+    return source, found
 
 
-def test_detections_of_nearly_equal_scores_may_change_places():
-    boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 90, 90], [0, 0, 10, 10]])
-    expected = {"pred_boxes": boxes, "scores": torch.ones(3), "pred_classes": torch.tensor([0, 1, 2])}
-    swapped = {name: value[[2, 0, 1]] for name, value in expected.items()}
-    found = module._in_order(swapped, expected, (3, 64, 64))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    other = {**expected, "pred_classes": torch.tensor([0, 1, 0])}
-    with pytest.raises(ValueError, match="it detects other objects"):
-        module._in_order(other, expected, (3, 64, 64))
-    fewer = {name: value[:2] for name, value in expected.items()}
-    with pytest.raises(ValueError, match="it detects 2 objects, and not 3"):
-        module._in_order(fewer, expected, (3, 64, 64))
+SAME_BOX = [[0.0, 0, 10, 10], [50, 50, 90, 90], [0, 0, 10, 10]]
 
 
-def test_detections_of_one_class_and_box_are_as_many_in_both():
-    boxes = torch.tensor([[0.0, 0, 96, 64], [0, 0, 96, 64], [5, 5, 9, 9]])
-    expected = {"pred_boxes": boxes, "scores": torch.tensor([0.9, 0.8, 0.7]), "pred_classes": torch.zeros(3)}
-    found = module._in_order(expected, expected, (3, 64, 96))
-    assert torch.equal(found["scores"], expected["scores"])
+@pytest.mark.parametrize(
+    "order, classes", [([2, 0, 1], [0, 1, 2]), ([2, 0, 1], [0, 0, 0]), ([0, 1, 2], [1, 1, 1])]
+)
+def test_detections_of_nearly_equal_scores_may_change_places(order, classes):
+    source, found = boxes_and_classes(order, SAME_BOX, classes)
+    assert module._compare(source, lambda x: found, torch.zeros(3, 64, 64)).detections == 3
+
+
+@pytest.mark.parametrize(
+    "order, message",
+    [
+        ([0, 1, 1], "pred_boxes by 80"),
+        ([0, 1], r"pred_boxes has shape \(2, 4\), and not \(3, 4\)"),
+        ([0, 1, 2], "pred_classes by 1"),
+    ],
+)
+def test_other_detections_are_a_difference(order, message):
+    source, found = boxes_and_classes(order, SAME_BOX, [0, 1, 20_000])
+    found["pred_classes"] = found["pred_classes"] + (found["pred_classes"] == 20_000)
+    with pytest.raises(ValueError, match=f"differs from the model on an input of shape .*: {message}"):
+        module._compare(source, lambda x: found, torch.zeros(3, 64, 64))
 
 
 def test_not_a_number_is_not_equal(tmp_path, monkeypatch):
@@ -303,11 +287,10 @@ def test_not_a_number_is_not_equal(tmp_path, monkeypatch):
 
 
 def test_an_exporter_that_fails_is_one_line_with_what_works(tmp_path, monkeypatch):
-    def fail(source, path):
-        path.write_bytes(b"half")
+    def fail(source):
         raise RuntimeError("no such operator\nand a long trace")
 
-    monkeypatch.setitem(module._WRITERS, "torchscript", fail)
+    monkeypatch.setitem(module._EXPORTERS, "torchscript", fail)
     with pytest.raises(ValueError) as error:
         export(build(mask_rcnn_mvit), tmp_path / "file.ts", "torchscript", "backbone", size=(96, 96))
     assert str(error.value).startswith(
@@ -343,10 +326,21 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "format, size, least", [("torchscript", (96, 100), 32), ("torch-export", (64, 96), 96)]
+    "format, size, message",
+    [
+        ("torchscript", (96, 100), "must be multiples of 32, at least 32 for --format torchscript"),
+        ("torch-export", (64, 96), "must be multiples of 32, at least 96 for --format torch-export"),
+        (
+            "torchscript",
+            (100_000, 100_000),
+            "--size 100000 100000 is no image .* more than 89 million pixels",
+        ),
+        ("torchscript", (64, -64), "--size must be two whole numbers of at least 32"),
+        ("torchscript", None, "--size is missing"),
+    ],
 )
-def test_the_size_of_a_backbone_is_checked(format, size, least, tmp_path):
-    with pytest.raises(ValueError, match=f"must be multiples of 32, at least {least} for --format {format}"):
+def test_the_size_is_checked_before_memory_is_asked_for(format, size, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
         export(build(mask_rcnn_mvit), tmp_path / f"a{SUFFIX[format]}", format, "backbone", size=size)
     assert not list(tmp_path.iterdir())
 
@@ -361,8 +355,6 @@ def test_other_architectures_are_an_error_that_names_them(tmp_path):
 def test_an_image_gives_its_size(tmp_path):
     compared = export(build(faster_rcnn), tmp_path / "a.ts", "torchscript", image=torch.rand(3, 70, 90) * 255)
     assert compared[0].shape == (3, 70, 90)
-    with pytest.raises(ValueError, match="--size is missing"):
-        export(build(faster_rcnn), tmp_path / "a.ts", "torchscript")
 
 
 @needs_onnx
@@ -386,35 +378,19 @@ def test_commands_and_examples_of_the_page_run(tmp_path, monkeypatch):
         exec(compile(example, "example", "exec"), {})
 
 
-@pytest.mark.parametrize(
-    "format, part",
-    [
-        ("torchscript", "detector"),
-        pytest.param("onnx", "detector", marks=needs_onnx),
-        ("torch-export", "backbone"),
-    ],
-)
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, full_disk, format, part):
-    path = tmp_path / f"a{SUFFIX[format]}"
-    model = build_model(nano_config())
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, full_disk):
+    path = tmp_path / "a.ts"
     with (
         full_disk(100_000),
         pytest.raises(OSError, match=rf"{path} cannot be written: File too large; .* free"),
     ):
-        export(model, path, format, part, size=(96, 96))
+        export(build_model(nano_config()), path, "torchscript", "backbone", size=(96, 96))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_place_without_files_is_not_blamed_on_the_format(tmp_path, monkeypatch):
-    def refuse(dir):
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    with pytest.raises(ValueError, match=r"--output .*a\.ts cannot be written to the folder .*: Read-only"):
-        check_target(tmp_path / "a.ts", "torchscript", "detector")
-
-
-def test_a_size_beyond_all_images_is_refused_before_memory_is_asked_for(tmp_path):
-    model = build_model(nano_config())
-    with pytest.raises(ValueError, match="--size 100000 100000 is no image .* more than 89 million pixels"):
-        export(model, tmp_path / "a.ts", "torchscript", size=(100_000, 100_000))
+@formats
+def test_a_place_that_is_not_utf8_is_written_to(tmp_path, format):
+    path = tmp_path / os.fsdecode(b"\xff") / ("x" * 240 + SUFFIX[format])
+    path.parent.mkdir()
+    export(build(mask_rcnn_mvit), path, format, "backbone", size=(96, 96))
+    assert path.stat().st_size > 100_000

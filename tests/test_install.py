@@ -1,211 +1,242 @@
-"""Packaging (setup.py), what the installer does to a real environment, and the Makefile."""
+"""Packaging (setup.py), what ``make setup`` installs into which environment, and the Makefile."""
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from installer import EXTRAS, REQUIRES, ROOT, setup_env
 
 import rev_det
 
-needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def python(*arguments, cwd, **variables) -> subprocess.CompletedProcess:
+def run(*command, cwd, **variables):
     environ = {**os.environ, **variables}
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environ, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True)
 
 
 # ---- the built package ----
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """What packaging reads of the checkout, copied: building writes beside its sources."""
-    copy = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CITATION.cff"):
-        shutil.copy(ROOT / name, copy)
-    for name in ("rev_det", "configs"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    return copy
-
-
-@pytest.fixture(scope="module")
-def wheel(source, tmp_path_factory) -> Path:
-    """The wheel, built from the unpacked source archive, so that what holds of it holds of both."""
-    out = tmp_path_factory.mktemp("dist")
+def wheel(tmp_path_factory) -> Path:
+    """Built from the unpacked source archive, so that what holds of it holds of both."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    ignored = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "output", "datasets", "build")
+    shutil.copytree(ROOT, source, ignore=ignored, dirs_exist_ok=True)
     build = f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})"
-    done = python("-c", build, cwd=source, REV_DET_OPENCV="")
+    done = run(sys.executable, "-c", build, cwd=source, REV_DET_OPENCV="opencv-contrib-python")
     assert done.returncode == 0, done.stderr
     (archive,) = out.glob("*.tar.gz")
-    done = python("-m", "tarfile", "--extract", str(archive), str(out / "unpacked"), cwd=out)
-    assert done.returncode == 0, done.stderr
+    shutil.unpack_archive(archive, out / "unpacked")
     (unpacked,) = (out / "unpacked").iterdir()
-    options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(out))
-    done = python("-m", "pip", "wheel", *options, str(unpacked), cwd=out, REV_DET_OPENCV="")
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index")
+    done = run(*pip, "--wheel-dir", str(out), str(unpacked), cwd=out, REV_DET_OPENCV="opencv-contrib-python")
     assert done.returncode == 0, done.stderr
     (built,) = out.glob("*.whl")
     return built
 
 
-def metadata(built: Path) -> str:
-    with zipfile.ZipFile(built) as archive:
-        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
-        return archive.read(name).decode()
-
-
-def test_the_wheel_holds_every_module_and_every_config(wheel, source):
+def test_the_wheel_holds_every_module_config_and_the_licence(wheel):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    modules = {str(p.relative_to(source)) for p in (source / "rev_det").rglob("*.py")}
-    configs = {f"rev_det/{p.relative_to(source)}" for p in (source / "configs").rglob("*.yaml")}
-    assert "rev_det/configs/Base-RCNN-Rev-FPN.yaml" in configs
-    page = {"rev_det/report/page.html", "rev_det/report/page.css"}
-    assert packed == modules | configs | page
-
-
-def test_the_wheel_has_the_version_of_the_package_and_the_license(wheel):
-    assert f"\nVersion: {rev_det.__version__}\n" in metadata(wheel)
-    with zipfile.ZipFile(wheel) as archive:
-        (license_file,) = (n for n in archive.namelist() if n.endswith("LICENSE"))
+        (license_file,) = (name for name in archive.namelist() if name.endswith("LICENSE"))
         assert archive.read(license_file) == (ROOT / "LICENSE").read_bytes()
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "rev_det").rglob("*.py")}
+    configs = {f"rev_det/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.yaml")}
+    assert "rev_det/configs/Base-RCNN-Rev-FPN.yaml" in configs
+    assert packed >= modules | configs | {"rev_det/report.html"}
+    assert not any(name.startswith(("tests/", "benchmarks/")) for name in packed)
 
 
-def test_the_requirements_are_those_the_installer_reads_and_detectron2_is_not_one(wheel):
-    lines = re.findall(r"^Requires-Dist: (.*)$", metadata(wheel), re.MULTILINE)
-    plain = {re.sub(r"\s|[()]", "", line) for line in lines if "extra ==" not in line}
-    # a specifier of two bounds may come back in another order
-    assert {frozenset(re.split(r"(?=[<>])|,", r)) for r in plain} == {
-        frozenset(re.split(r"(?=[<>])|,", r)) for r in REQUIRES
+def test_the_wheel_asks_for_what_rev_det_needs_and_leaves_what_detectron2_needs_to_an_extra(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        text = archive.read(name).decode()
+    assert f"\nVersion: {rev_det.__version__}\n" in text
+    lines = re.findall(r"^Requires-Dist: ([\w-]+)(.*)$", text, re.MULTILINE)
+    plain = {name for name, rest in lines if "extra ==" not in rest}
+    assert {"torch", "torchvision", "fvcore"} <= plain and not plain & {
+        "setuptools",
+        "detectron2",
+        "omegaconf",
     }
-    assert len(lines) == len(REQUIRES) + sum(map(len, EXTRAS.values()))
-    assert not any("detectron2" in line for line in lines)
+    assert {name for name in plain if "opencv" in name} == {"opencv-contrib-python"}
+    of_detectron2 = dict(
+        line for line in lines if line[1].endswith("'detectron2'") or '"detectron2"' in line[1]
+    )
+    assert "<81" in of_detectron2["setuptools"] and {"yacs", "omegaconf"} <= of_detectron2.keys()
 
 
-def prepare_metadata(source: Path, out: Path, opencv: str) -> subprocess.CompletedProcess:
-    code = f"from setuptools import build_meta; build_meta.prepare_metadata_for_build_wheel({str(out)!r})"
-    return python("-c", code, cwd=source, REV_DET_OPENCV=opencv)
-
-
-def test_the_environment_can_name_its_own_opencv(source, tmp_path):
-    done = prepare_metadata(source, tmp_path, "opencv-contrib-python-headless")
+def test_an_empty_environment_gets_the_configs_with_the_wheel(wheel, tmp_path):
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env/bin/python"
+    done = run(python, "-m", "pip", "install", "--no-index", "--no-deps", wheel, cwd=tmp_path, PYTHONPATH="")
     assert done.returncode == 0, done.stderr
-    (text,) = (p.read_text() for p in tmp_path.glob("*.dist-info/METADATA"))
-    opencv = re.findall("^Requires-Dist: (opencv[a-z-]*)", text, re.MULTILINE)
-    assert opencv == ["opencv-contrib-python-headless"]
+    (package,) = (tmp_path / "env/lib").glob("python3*/site-packages/rev_det")
+    assert (package / "configs/Base-RCNN-Rev-FPN.yaml").is_file()
+    done = run(python, "-c", "import rev_det", cwd=tmp_path, PYTHONPATH="")
+    assert "ModuleNotFoundError: No module named 'torch'" in done.stderr
 
 
-def test_an_unknown_opencv_is_refused_and_the_known_ones_named(source, tmp_path):
-    done = prepare_metadata(source, tmp_path, "opencv")
-    assert done.returncode != 0
-    assert "REV_DET_OPENCV is 'opencv'" in done.stderr
-    assert "opencv-python-headless" in done.stderr
+# ---- what setup_env.py asks pip for ----
 
 
-# ---- a real environment, empty but for pip ----
+@pytest.fixture
+def setup_env(monkeypatch):
+    """The installer with a pip that only notes its commands; what is installed is given."""
+    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "tools" / "setup_env.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.commands, module.failing, module.missing = [], "", ()
+
+    def play(command, env=None, **_):
+        words = " ".join(map(str, command))
+        if "--constraint" in words:
+            words += " KEPT " + Path(command[command.index("--constraint") + 1]).read_text().replace(
+                "\n", " "
+            )
+            words += env["REV_DET_OPENCV"]
+        module.commands.append(words)
+        return SimpleNamespace(returncode=int(bool(module.failing) and module.failing in words))
+
+    def load(name):
+        if name in module.missing:
+            raise OSError(f"{name}: cannot open shared object file")
+
+    def given(detectron2=True, **installed):
+        dists = [SimpleNamespace(name=name, version=version) for name, version in installed.items()]
+        found = SimpleNamespace(origin="/site/detectron2/__init__.py") if detectron2 else None
+        monkeypatch.setattr(module.metadata, "distributions", lambda: dists)
+        monkeypatch.setattr(
+            module.importlib.util, "find_spec", lambda n: found if n == "detectron2" else True
+        )
+        module.main()
+        return module.commands
+
+    monkeypatch.setattr(module.subprocess, "run", play)
+    monkeypatch.setattr(module.ctypes, "CDLL", load)
+    module.given = given
+    return module
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PYTHONPATH", raising=False)
-        yield setup_env.open_environment(tmp_path_factory.mktemp("environments") / "empty")
+def test_a_new_environment_gets_rev_det_then_the_prebuilt_detectron2_by_its_hash(setup_env):
+    package, detectron2, check = setup_env.given(detectron2=False)
+    assert f"-e {ROOT}[dev,baselines,eval,export,docs,detectron2] KEPT opencv-python" in package
+    assert "--no-deps" in detectron2 and "--require-hashes" in detectron2 and "--target" in detectron2
+    (line,) = (x for x in (ROOT / "tools/detectron2.txt").read_text().splitlines() if not x.startswith("#"))
+    assert re.fullmatch(r"sal-detectron2==0\.7\.2 --hash=sha256:[0-9a-f]{64}", line)
+    assert "import torchvision, cv2, detectron2" in check
 
 
-def test_an_empty_environment_gets_the_configs_with_the_wheel(empty, wheel):
-    assert "rev_det" not in empty.probe().found
-    empty.pip("install", "--no-index", "--no-deps", str(wheel))
-    state = empty.probe()
-    assert state.installed["rev-det"] == rev_det.__version__
-    package = Path(state.found["rev_det"]).parent
-    assert package == Path(state.site) / "rev_det"
-    assert (package / "configs" / "Base-RCNN-Rev-FPN.yaml").is_file()
-    assert empty.import_error("rev_det") == "ModuleNotFoundError: No module named 'torch'"
+def test_an_environment_of_ones_own_keeps_torch_and_detectron2(setup_env, capsys):
+    own = {"torch": "2.7.0+cpu", "torchvision": "0.22.0", "numpy": "1.26.4", "opencv_contrib_python": "4.10"}
+    package, check = setup_env.given(**own)
+    assert f"-e {ROOT}[dev,baselines,eval,export,docs] " in package
+    assert package.endswith("KEPT torch==2.7.0+cpu torchvision==0.22.0 numpy==1.26.4 opencv-contrib-python")
+    assert "keeping the Detectron2 in /site/detectron2" in capsys.readouterr().out
+    # The prebuilt one still needs what it was installed with.
+    assert "docs,detectron2] " in setup_env.given(**own, sal_detectron2="0.7.2")[2]
 
 
-def test_a_failing_pip_shows_its_reason_and_the_way_on(empty, capfd):
-    with pytest.raises(setup_env.SetupError, match="run make setup again"):
-        empty.pip("install", "--no-index", "a-package-that-is-nowhere", keep=["setuptools<81"])
-    assert "a-package-that-is-nowhere" in capfd.readouterr().err
+@pytest.mark.parametrize("library", ["libGL.so.1", "libgthread-2.0.so.0"])
+def test_without_libgl_or_glib_opencv_is_headless(setup_env, library, capsys):
+    setup_env.missing = (library,)
+    assert setup_env.given()[0].endswith(" opencv-python-headless")
+    assert library in capsys.readouterr().out
 
 
-def test_constraints_hold_against_pip(empty, wheel):
-    before = empty.probe().installed
-    with pytest.raises(setup_env.SetupError):
-        empty.pip("install", "--no-index", "--no-deps", str(wheel), keep=["rev-det==0.0.1"])
-    assert empty.probe().installed == before
+def test_a_failing_pip_names_the_way_out(setup_env):
+    setup_env.failing = "--constraint"
+    with pytest.raises(SystemExit, match="(?s)error: pip failed.*PIP_INDEX_URL.*VENV=.venv"):
+        setup_env.given()
+
+
+def test_packages_that_do_not_work_are_examined_by_the_doctor(setup_env):
+    setup_env.failing = "import torchvision"
+    with pytest.raises(SystemExit, match="do not work"):
+        setup_env.given()
+    assert setup_env.commands[-1].endswith("/rev-det doctor")
 
 
 # ---- the Makefile ----
 
 
-def make(*arguments) -> subprocess.CompletedProcess:
-    # the tests themselves run under make, whose variables would reach this one
-    outer = ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "VENV")
+@pytest.fixture
+def make(tmp_path):
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    # The tests themselves run under make, whose variables would reach this one.
+    outer = ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "VENV", "PYTHON")
     environ = {name: value for name, value in os.environ.items() if name not in outer}
-    command = ["make", "--no-print-directory", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+
+    def call(*arguments):
+        command = ["make", "--no-print-directory", f"VENV={tmp_path}/env", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+
+    return call
 
 
-def executable(path: Path, script: str) -> Path:
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-    return path
-
-
-@needs_make
-def test_an_old_python_is_named_before_anything_is_made(tmp_path):
-    pretend = 'exec "{}" -c "import sys; sys.version_info = (3, 8, 18); exec(sys.argv[1])" "$2"'
-    old = executable(tmp_path / "python3.8", pretend.format(sys.executable))
-    done = make("setup", f"PYTHON={old}", f"VENV={tmp_path / 'env'}")
+def test_a_python_that_is_old_or_missing_is_named_before_anything_is_made(make, tmp_path):
+    old = tmp_path / "python3.8"
+    pretend = "import sys; sys.version_info = (3, 8, 18); exec(sys.argv[1])"
+    old.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "{pretend}" "$2"\n')
+    old.chmod(0o755)
+    done = make("setup", f"PYTHON={old}")
     assert done.returncode != 0
     assert f"error: rev_det needs Python 3.10 or newer, {old} is 3.8; name another" in done.stderr
+    done = make("setup", f"PYTHON={tmp_path}/gone")
+    assert done.returncode != 0 and f"error: there is no {tmp_path}/gone" in done.stderr
     assert not (tmp_path / "env").exists()
 
 
-@needs_make
-def test_a_missing_python_is_named(tmp_path):
-    done = make("setup", f"PYTHON={tmp_path}/python3", f"VENV={tmp_path / 'env'}")
-    assert done.returncode != 0
-    assert f"error: there is no {tmp_path}/python3" in done.stderr
+def test_a_folder_that_is_no_environment_is_left_alone(make, tmp_path):
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env/mine.txt").write_text("x")
+    done = make("setup", f"PYTHON={sys.executable}")
+    assert done.returncode != 0 and "has no working bin/python: remove it" in done.stderr
+    assert os.listdir(tmp_path / "env") == ["mine.txt"]
 
 
-@needs_make
+def test_an_environment_that_cannot_be_made_leaves_nothing(make, tmp_path):
+    failing = tmp_path / "python"
+    failing.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\nmkdir -p {tmp_path}/env/bin; exit 1\n')
+    failing.chmod(0o755)
+    assert make("setup", f"PYTHON={failing}").returncode != 0
+    assert not (tmp_path / "env").exists()
+
+
 @pytest.mark.parametrize(
-    ("target", "runs"),
+    "target, work",
     [
-        ("demo", "train_net.py"),
-        ("test", 'pytest -m "not slow"'),
-        ("test-slow", "pytest -m slow"),
-        ("lint", "ruff"),
+        ("demo", "train_net.py --config-file configs/Quickstart/mask_rcnn_rev_mvit_nano_fpn.yaml"),
+        ("test", '-m pytest -m "not slow"'),
+        ("test-slow", "-m pytest -m slow"),
     ],
 )
-def test_targets_set_up_first_and_run_in_the_environment(target, runs, tmp_path):
-    done = make("--dry-run", target, "PYTHON=some-python", f"VENV={tmp_path}/env")
-    lines = done.stdout.splitlines()
-    first = next(i for i, line in enumerate(lines) if f"setup_env.py --venv {tmp_path}/env" in line)
-    work = [i for i, line in enumerate(lines) if line.startswith(f"{tmp_path}/env/bin/python -m {runs}")]
-    work += [i for i, line in enumerate(lines) if line.startswith(f"{tmp_path}/env/bin/python {runs}")]
-    assert lines[first].startswith("some-python")
-    assert work and min(work) > first
+def test_targets_set_up_once_and_run_in_the_environment(make, tmp_path, target, work):
+    python = f"{tmp_path}/env/bin/python"
+    lines = make("--dry-run", target, "PYTHON=some-python").stdout.splitlines()
+    made = [i for i, line in enumerate(lines) if line.startswith(f"some-python -m venv {tmp_path}/env")]
+    installed = [i for i, line in enumerate(lines) if line == f"{python} tools/setup_env.py"]
+    worked = [i for i, line in enumerate(lines) if line.startswith(f"{python} {work}")]
+    assert len(made) == len(installed) == len(worked) == 1 and made < installed < worked
+    (tmp_path / "env/bin").mkdir(parents=True)
+    for name in ("bin/python", ".rev_det-ready"):
+        (tmp_path / "env" / name).touch()
+    assert make("--dry-run", target).stdout.splitlines() == lines[worked[0] :]
 
 
-@needs_make
-def test_an_environment_that_is_there_sets_itself_up(tmp_path):
-    (tmp_path / "bin").mkdir()
-    own = executable(tmp_path / "bin" / "python", "exit 0")
-    done = make("--dry-run", "setup", "PYTHON=some-python", f"VENV={tmp_path}")
-    assert f"{own} tools/setup_env.py --venv {tmp_path}" in done.stdout
-    assert "some-python" not in done.stdout
-
-
-@needs_make
-def test_the_demo_names_a_config_that_exists():
-    done = make("--dry-run", "demo")
-    config = re.search(r"--config-file (\S+)", done.stdout).group(1)
-    assert (ROOT / config).is_file()
+def test_lint_needs_the_linter_alone(make):
+    lines = make("--dry-run", "lint").stdout
+    assert "setup_env.py" not in lines
+    bounds = re.search(r"pip install .*\"ruff([^\"]+)\"", lines).group(1)
+    assert re.fullmatch(r">=[\d.]+,<[\d.]+", bounds)

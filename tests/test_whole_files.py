@@ -1,5 +1,6 @@
 """Files are written whole or not at all, errors name them, and JSON is read with suspicion."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,13 @@ def test_the_part_keeps_the_ending_and_appears_only_when_complete(tmp_path):
     assert path.read_text() == "all" and not Path(part).exists()
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "x" * 251 + ".png", "." + "x" * 254, "\udcff.json"])
+def test_names_as_long_as_the_file_system_allows_and_bytes_that_are_no_text(tmp_path, name):
+    path = str(tmp_path / name)
+    write_json(path, {"a": name})
+    assert os.listdir(tmp_path) == [name] and read_json(path) == {"a": name}
+
+
 def test_a_place_that_takes_no_files_is_found_before_the_work(tmp_path, monkeypatch):
     check_output(None)
     check_output(tmp_path / "a.ts", [".ts"], "--output")
@@ -87,3 +95,8 @@ def test_what_is_no_json_is_named(tmp_path, content, message):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=rf"a\.json {message}"):
         read_json(tmp_path / "a.json")
+
+
+def test_json_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": "é"}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "a.json") == {"a": "é"}

@@ -3,7 +3,7 @@
 import torch
 from reference import Vectors
 
-from rev_det.checkpoint import geometry, load_pretrained, named
+from rev_det.checkpoint import load_pretrained, named
 from rev_det.modeling import RevViT
 
 CLASSES = 10
@@ -11,9 +11,8 @@ CLASSES = 10
 
 def add_tiny_model(monkeypatch):
     """Name the tiny Rev-ViT "rev_vit_tiny". Its position embedding is resized to 224 x 224 images."""
-    monkeypatch.setitem(geometry.NAMED_MODELS, "rev_vit_tiny", ("rev_vit", 32, (3,), (16, 16)))
-    monkeypatch.setitem(geometry.NAMED_HEADS, "rev_vit_tiny", 4)
-    monkeypatch.setitem(named.PUBLISHED, "rev_vit_tiny", named.Published("https://example.org/t.pyth", 12.3))
+    model = named.NamedModel("rev_vit", 32, (3,), 4, "https://example.org/t.pyth", 12.3)
+    monkeypatch.setitem(named.NAMED_MODELS, "rev_vit_tiny", model)
 
 
 def tiny_state():

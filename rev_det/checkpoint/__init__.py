@@ -4,11 +4,10 @@ from .checkpointer import RevCheckpointer
 from .files import read_checkpoint
 from .inspection import WeightsSummary, inspect_weights
 from .layouts import convert_state_dict
-from .loading import load_pretrained
-from .report import LoadReport
+from .loading import LoadResult, load_pretrained
 
 __all__ = [
-    "LoadReport",
+    "LoadResult",
     "RevCheckpointer",
     "WeightsSummary",
     "convert_state_dict",

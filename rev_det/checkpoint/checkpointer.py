@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlparse
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from ..files import whole_file, write_text
-from .files import is_whole, join_digest, local_file, read_checkpoint, split_digest, unsafe_globals
-from .layouts import backbone_prefix, convert, holds_reversible_backbone
-from .loading import apply_plan, read_source
+from .files import local_file, read_checkpoint, split_digest, unsafe_globals
+from .layouts import backbone_prefix, convert, holds_reversible_backbone, unwrap
+from .loading import LoadMode, LoadPlan, check_finite, name_some, read_source
 from .origin import compare_origins, origin_of
-from .plan import LoadMode, plan_load
-from .report import name_some
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
 _LAST = "last_checkpoint"
 _LONGEST_NAME = 256
+_HEURISTICS = "?matching_heuristics=True"  # what Detectron2 understands after a file's name
+_WEIGHTS = ("model", "matching_heuristics", "__author__")  # as Detectron2's checkpointer has them
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str:
     """The path of the checkpoint that was written last, whether it is there or not.
 
     Raises:
-        ValueError: the file ``last_checkpoint`` holds something else than the name of a file in the folder.
+        FileNotFoundError: there is no file ``last_checkpoint`` in the folder.
+        ValueError: it cannot be read, or holds something else than the name of a file in the folder.
     """
     note = os.path.join(folder, _LAST)
-    with open(note, encoding="utf-8", errors="replace") as f:
-        name = f.read(_LONGEST_NAME).strip()
+    name = ""
+    if not os.path.lexists(note):
+        raise FileNotFoundError(f"there is no {note}")
+    with contextlib.suppress(OSError):  # a folder, or a link to nowhere
+        with open(note, encoding="utf-8", errors="replace") as f:
+            name = f.read(_LONGEST_NAME).strip()
     if not (name.isprintable() and name.endswith(".pth") and name == os.path.basename(name)):
         raise ValueError(f"{note} does not hold the name of a checkpoint beside it; {_whole_beside(note)}")
     return os.path.join(folder, name)
@@ -45,9 +50,19 @@ def _whole_beside(path: str) -> str:
     folder = os.path.dirname(path)
     paths = {os.path.join(folder, name) for name in os.listdir(folder or ".") if name.endswith(".pth")}
     for other in sorted(paths - {path}, key=lambda p: (os.path.getmtime(p), p), reverse=True):
-        if is_whole(other):
+        if _is_whole(other):
             return f"{os.path.basename(other)} beside it is whole: write this name into {_LAST} to use it"
     return "no other checkpoint is whole in this folder"
+
+
+def _is_whole(path: str) -> bool:
+    """Whether a checkpoint can be read, and holds numbers."""
+    try:
+        state = unwrap(read_checkpoint(path), path)
+        check_finite({key: torch.as_tensor(value) for key, value in state.items()}, path)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 class RevCheckpointer(DetectionCheckpointer):
@@ -88,7 +103,6 @@ class RevCheckpointer(DetectionCheckpointer):
         self.mode = LoadMode(strict=strict_weights, evaluation=evaluation)
         self.origin = origin or {}
         self.strict_classes = strict_classes
-        self._other_mode = self.mode  # of the load that Detectron2 is doing
 
     @classmethod
     def of_run(
@@ -140,18 +154,18 @@ class RevCheckpointer(DetectionCheckpointer):
         """
         if resume and self.has_checkpoint():
             last = self.get_checkpoint_file()
-            if not os.path.isfile(last):
-                raise FileNotFoundError(
-                    f"the last checkpoint in {self.save_dir} is {last}, which does not exist; "
-                    f"{_whole_beside(last)}"
-                )
             try:
                 return self._load(last, None, LoadMode(evaluation=self.mode.evaluation, resume=True))
-            except ValueError as error:
-                if is_whole(last):
+            except (FileNotFoundError, ValueError) as error:
+                if _is_whole(last):
                     raise
-                raise ValueError(f"{error}; {_whole_beside(last)}") from error
+                kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+                raise kind(f"{error}; {_whole_beside(last)}") from error
         return self.load(path, checkpointables=[])
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is a last checkpoint, or something in its place."""
+        return os.path.lexists(os.path.join(self.save_dir, _LAST))
 
     def get_checkpoint_file(self) -> str:
         """See `last_checkpoint`."""
@@ -200,17 +214,23 @@ class RevCheckpointer(DetectionCheckpointer):
                     "there are no weights to evaluate: set MODEL.WEIGHTS to those of a trained detector"
                 )
             return super().load(path)
-        if backbone_prefix(self.model.state_dict()) is None:
-            return self._load_other(path, checkpointables, mode)
-        container, name = read_source(path)
-        source = convert(container, name)
+        reversible = backbone_prefix(self.model.state_dict()) is not None
+        container, name = read_source(path) if reversible else self._read_other(path)
+        source = convert(container, name) if reversible else None
         # Of other layouts' training state nothing is ours to load.
-        own = source.layout == "rev_det" and isinstance(container.get("model"), Mapping)
-        rest = {key: value for key, value in container.items() if key != "model"} if own else {}
-        if mode.resume:
-            self._require_state(rest, name)
+        own = isinstance(container.get("model"), Mapping) and (not reversible or source.layout == "rev_det")
+        rest = {key: value for key, value in container.items() if key not in _WEIGHTS} if own else {}
+        absent = [key for key in self.checkpointables if key not in rest]
+        if absent and mode.resume:
+            raise ValueError(
+                f"{name} cannot be resumed from: it holds no state of {', '.join(absent)}. "
+                "Start a new run in another OUTPUT_DIR with it as MODEL.WEIGHTS"
+            )
         compare_origins(rest.get("made_by"), self.origin, name, mode, self.strict_classes)
-        apply_plan(self.model, plan_load(self.model, source, name, mode))
+        if reversible:
+            LoadPlan(self.model, source, name, mode).carry_out()
+        else:
+            self._load_other({key: container[key] for key in _WEIGHTS if key in container}, name, mode)
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in rest:
                 try:
@@ -223,63 +243,36 @@ class RevCheckpointer(DetectionCheckpointer):
                     ) from error
         return rest
 
-    def _require_state(self, checkpoint: Mapping[str, Any], name: str) -> None:
-        if absent := [key for key in self.checkpointables if key not in checkpoint]:
-            raise ValueError(
-                f"{name} cannot be resumed from: it holds no state of {', '.join(absent)}. "
-                "Start a new run in another OUTPUT_DIR with it as MODEL.WEIGHTS"
-            )
+    def _read_other(self, path: str) -> tuple[dict[str, Any], str]:
+        """What a file for a model without a reversible backbone holds, as Detectron2 has it, and its name."""
+        source = path.replace(_HEURISTICS, "")
+        name, digest = split_digest(source)
+        if name.endswith(".pkl"):
+            if not name.startswith("detectron2://"):
+                raise ValueError(
+                    f"{name} is a pickle, which could run code when it is read; .pkl files are read from "
+                    "detectron2:// addresses only"
+                )
+            with local_file(name, digest) as local:
+                return super()._load_file(local), name
+        container = read_checkpoint(source)
+        rest = container if "model" in container else {}
+        heuristics = source != path or name.endswith(".pyth")  # which Detectron2 takes for a pycls file
+        return {**rest, "model": unwrap(container, name), "matching_heuristics": heuristics}, name
 
-    def _load_other(self, path: str, checkpointables: list[str] | None, mode: LoadMode) -> dict[str, Any]:
-        """Load a model without a reversible backbone, in Detectron2's way."""
-        name, digest = split_digest(path)
-        url = urlparse(name)
-        if url.path.endswith(".pkl") and url.scheme != "detectron2":
+    def _load_other(self, weights: dict[str, Any], name: str, mode: LoadMode) -> None:
+        if mode.strict and holds_reversible_backbone(weights["model"]):
             raise ValueError(
-                f"{name} is a pickle, which could run code when it is read; .pkl files are read from "
-                "detectron2:// addresses only"
+                f"the weights of {name} are a Rev-ViT's or Rev-MViT's, but the model's backbone is not "
+                "reversible: change MODEL.BACKBONE.NAME or MODEL.WEIGHTS. "
+                "MODEL.REV.STRICT_WEIGHTS False loads what fits"
             )
-        with local_file(join_digest(url._replace(query="").geturl(), digest)) as (local, _):
-            pass  # it is there, and what it should be
-        self._other_mode = mode
-        try:
-            return super().load(f"{local}?{url.query}" if url.query else local, checkpointables)
-        finally:
-            self._parsed_url_during_load = None  # after an error, Detectron2's next load would fail for it
-
-    def _load_file(self, filename: str) -> dict[str, Any]:
-        if not filename.endswith(".pyth"):
-            return super()._load_file(filename)
-        # What Detectron2 does with them, too; but it reads them by itself.
-        checkpoint = read_checkpoint(filename)
-        state = checkpoint.get("model_state")
-        if not isinstance(state, Mapping):
-            raise ValueError(
-                f"{filename} holds no 'model_state', which Detectron2 expects of files named .pyth; give it "
-                "a name in .pth if it holds a model's weights"
-            )
-        return {"model": dict(state), "matching_heuristics": True}
-
-    def _torch_load(self, f: str) -> dict[str, Any]:
-        return read_checkpoint(f)
-
-    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        """Called by Detectron2's ``load``, for models without a reversible backbone."""
-        mode = self._other_mode
-        if mode.resume:
-            self._require_state(checkpoint, "the checkpoint")
-        compare_origins(checkpoint.get("made_by"), self.origin, "the checkpoint", mode, self.strict_classes)
-        if mode.strict and holds_reversible_backbone(checkpoint["model"]):
-            raise ValueError(
-                "the weights are a Rev-ViT's or Rev-MViT's, but the model's backbone is not reversible: "
-                "change MODEL.BACKBONE.NAME or MODEL.WEIGHTS. MODEL.REV.STRICT_WEIGHTS False loads what fits"
-            )
-        incompatible = super()._load_model(checkpoint)
+        incompatible = self._load_model(weights)
+        self._log_incompatible_keys(incompatible)
         wrong = incompatible.missing_keys  # those of another shape among them
         if wrong and (mode.resume or (mode.evaluation and mode.strict)):
             raise ValueError(
-                f"the weights lack {len(wrong)} tensors of the model, or have them in another shape: "
-                f"{name_some(wrong)}. Evaluation and resuming need all of them; to evaluate all the same, "
-                "set MODEL.REV.STRICT_WEIGHTS False"
+                f"the weights of {name} lack {len(wrong)} tensors of the model, or have them in another "
+                f"shape: {name_some(wrong)}. Evaluation and resuming need all of them; to evaluate all the "
+                "same, set MODEL.REV.STRICT_WEIGHTS False"
             )
-        return incompatible

@@ -10,21 +10,36 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from http.client import HTTPException
-from typing import Any
+from typing import IO, Any
 
 import safetensors.torch
 import torch
 from detectron2.utils.file_io import PathManager
-from safetensors import SafetensorError
 
 _DIGEST_MARK = "#sha256="
 _DOWNLOADED = ("http://", "https://", "ftp://", "detectron2://")
+_ZIP_MAGIC = b"PK\x03\x04"
 # torch.save's first pickled object before it wrote zip archives.
 _LEGACY_TORCH_MAGIC = b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
-_ZIP_MAGIC = b"PK\x03\x04"
-_LFS_MAGIC = b"version https://git-lfs.github.com/spec/"
 _HEAD_BYTES = 512
 _CHUNK_BYTES = 2**20
+
+# What a file that is no checkpoint begins with, and what it seems to be.
+_FOREIGN = (
+    (
+        (b"<!doctype html", b"<html", b"<?xml"),
+        "is a web page, not a checkpoint: the server sent an error or login page; download it again",
+    ),
+    (
+        (b"version https://git-lfs.github.com/spec/",),
+        "is a git-LFS pointer, not the file itself: fetch it with `git lfs pull`",
+    ),
+    (
+        (b"\x80",),
+        "is a plain pickle, which could run code when it is read, and is refused. Detectron2's own .pkl "
+        "files are read from detectron2:// addresses, for Detectron2's own backbones",
+    ),
+)
 
 
 def read_checkpoint(source: str | os.PathLike) -> dict[str, Any]:
@@ -46,40 +61,33 @@ def read_checkpoint(source: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: no such file, or it cannot be downloaded.
         ValueError: the file is not a checkpoint, is damaged, has another digest, or would run code.
     """
-    with local_file(source) as (path, name):
+    name, digest = split_digest(source)
+    with local_file(name, digest) as path:
         loaded = _read(path, name)
         if not isinstance(loaded, Mapping):
             raise ValueError(f"{name} holds a {type(loaded).__name__}, not a dictionary of tensors")
         return dict(loaded)
 
 
-def is_whole(path: str) -> bool:
-    """Whether `read_checkpoint` can read a file."""
-    try:
-        read_checkpoint(path)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 @contextlib.contextmanager
-def local_file(source: str | os.PathLike) -> Iterator[tuple[str, str]]:
-    """The local path and the name (for messages) of a source whose digest, if one is given, is verified.
+def local_file(name: str, digest: str | None) -> Iterator[str]:
+    """The local path of a file, which is downloaded if its name is a URL.
 
     A ValueError in the body removes what was downloaded.
 
     Args:
-        source: as in `read_checkpoint`.
+        name, digest: as `split_digest` returns them; the digest is verified.
 
     Raises:
         FileNotFoundError, ValueError: as in `read_checkpoint`.
     """
-    name, digest = split_digest(source)
-    path = _local_path(name)
+    path = _find(name)
     try:
-        if digest is not None:
-            _verify_digest(path, name, digest)
-        yield path, name
+        if digest is not None and (actual := _sha256(path)) != digest:
+            raise ValueError(
+                f"{name} is not the file that is meant: its sha256 is {actual}, expected {digest}"
+            )
+        yield path
     except ValueError as error:
         if not name.startswith(_DOWNLOADED):
             raise
@@ -101,16 +109,9 @@ def split_digest(source: str | os.PathLike) -> tuple[str, str | None]:
         ValueError: what follows ``#sha256=`` is no SHA-256 digest.
     """
     name, mark, digest = os.fspath(source).partition(_DIGEST_MARK)
-    if not mark:
-        return name, None
-    if not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
+    if mark and not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
         raise ValueError(f"{name}: what follows {_DIGEST_MARK} must be 64 hexadecimal digits, got '{digest}'")
-    return name, digest.lower()
-
-
-def join_digest(name: str, digest: str | None) -> str:
-    """The opposite of `split_digest`."""
-    return name if digest is None else f"{name}{_DIGEST_MARK}{digest}"
+    return name, digest.lower() if mark else None
 
 
 def unsafe_globals(path: str) -> list[str]:
@@ -118,7 +119,7 @@ def unsafe_globals(path: str) -> list[str]:
     return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
 
 
-def _local_path(name: str) -> str:
+def _find(name: str) -> str:
     path = name
     if "://" in name:
         try:
@@ -136,89 +137,71 @@ def _local_path(name: str) -> str:
     return path
 
 
-def _verify_digest(path: str, name: str, digest: str) -> None:
-    actual = hashlib.sha256()
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(_CHUNK_BYTES):
-            actual.update(chunk)
-    if actual.hexdigest() != digest:
-        raise ValueError(
-            f"{name} is not the file that is meant: its sha256 is {actual.hexdigest()}, expected {digest}"
-        )
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _read(path: str, name: str) -> Any:
+    # By the open file: torch judges a path by its name, and safetensors opens none but UTF-8's.
     with open(path, "rb") as f:
         head = f.read(_HEAD_BYTES)
-    if not head:
-        raise ValueError(f"{name} is empty: the download or copy failed")
-    if head.startswith(_ZIP_MAGIC):
-        _check_zip(path, name)
-        return _torch_load(path, name)
-    if _LEGACY_TORCH_MAGIC in head[:32]:
-        return _torch_load(path, name)
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
+        is_zip, problem = head.startswith(_ZIP_MAGIC), None
         try:
-            return safetensors.torch.load_file(path)
-        except (SafetensorError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{name} is damaged or truncated (safetensors): {_first_line(error)}") from error
-    raise ValueError(f"{name} {_describe_foreign(head)}")
+            if is_zip:
+                problem = _find_zip_problem(f)
+            f.seek(0)
+            if problem is None and (is_zip or _LEGACY_TORCH_MAGIC in head[:32]):
+                return torch.load(f, map_location="cpu", weights_only=True)
+            if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32:
+                return safetensors.torch.load(f.read())
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{name} {_describe_pickle(path, error)}") from error
+        except Exception as error:  # a damaged file makes its readers raise errors of many kinds
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{name} is damaged or truncated: {reason}") from error
+    raise ValueError(f"{name} {problem or _describe_foreign(head)}")
 
 
-def _check_zip(path: str, name: str) -> None:
-    """Refuse an archive that is cut short, fails a checksum or was not written by ``torch.save``."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
-            damaged = archive.testzip()
-    except Exception as error:  # a damaged directory makes zipfile raise errors of many kinds
-        raise ValueError(f"{name} is damaged or truncated (zip): {_first_line(error)}") from error
+def _find_zip_problem(file: IO[bytes]) -> str | None:
+    """Why an archive, which can be opened, is not one of ``torch.save`` with the right checksums."""
+    with zipfile.ZipFile(file) as archive:
+        members = archive.namelist()
+        damaged = archive.testzip()
     if damaged is not None:
-        raise ValueError(f"{name} is damaged: the checksum of its member {damaged} is wrong")
+        return f"is damaged: the checksum of its member {damaged} is wrong"
     kinds = {os.path.basename(member) for member in members}
     if "constants.pkl" in kinds:
-        raise ValueError(f"{name} is a TorchScript program, not a checkpoint; save the model's state_dict()")
+        return "is a TorchScript program, not a checkpoint; save the model's state_dict()"
     if "data.pkl" not in kinds:
-        raise ValueError(f"{name} is a zip archive, but not of torch.save: it holds {', '.join(members[:3])}")
+        return f"is a zip archive, but not of torch.save: it holds {', '.join(members[:3])}"
+    return None
 
 
-def _torch_load(path: str, name: str) -> Any:
+def _describe_pickle(path: str, error: pickle.UnpicklingError) -> str:
+    """What is wrong with a pickle; torch's own message recommends to read it without protection."""
     try:
-        with open(path, "rb") as f:  # torch judges a path by its name
-            return torch.load(f, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's own message recommends to read without this protection.
-        try:
-            unsafe = unsafe_globals(path)
-        except Exception:  # no zip archive, or its pickle is garbage
-            unsafe = re.findall(r"GLOBAL (\S+)", str(error))
-        if not unsafe:
-            raise ValueError(f"{name} is damaged: it holds more than tensors and plain values") from error
-        raise ValueError(
-            f"{name} was refused: it is damaged, or made to run code when it is read: it asks for "
-            f"{', '.join(unsafe)}, where weight files hold tensors and plain values only. If you trust it, "
-            "save its tensors anew with torch.save"
-        ) from error
-    except Exception as error:  # a damaged file makes torch raise errors of many kinds
-        raise ValueError(f"{name} is damaged or truncated: {_first_line(error)}") from error
+        unsafe = unsafe_globals(path)
+    except Exception:  # no zip archive, or its pickle is garbage
+        unsafe = re.findall(r"GLOBAL (\S+)", str(error))
+    if not unsafe:
+        return "is damaged: it holds more than tensors and plain values"
+    return (
+        "was refused: it is damaged, or made to run code when it is read: it asks for "
+        f"{', '.join(unsafe)}, where weight files hold tensors and plain values only. If you trust it, "
+        "save its tensors anew with torch.save"
+    )
 
 
 def _describe_foreign(head: bytes) -> str:
     """What a file that is no checkpoint seems to be, to follow its name in a sentence."""
-    text = head.lstrip()
-    if text.lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
-        return "is a web page, not a checkpoint: the server sent an error or login page; download it again"
-    if text.startswith(_LFS_MAGIC):
-        return "is a git-LFS pointer, not the file itself: fetch it with `git lfs pull`"
-    if head.startswith(b"\x80"):
-        return (
-            "is a plain pickle, which could run code when it is read, and is refused. Detectron2's own .pkl "
-            "files are read from detectron2:// addresses, for Detectron2's own backbones"
-        )
+    if not head:
+        return "is empty: the download or copy failed"
+    for starts, what in _FOREIGN:
+        if head.lstrip().lower().startswith(starts):
+            return what
     shown = head[:40].decode("utf-8", "replace")
     return f"is not a checkpoint of torch.save or safetensors; it starts with {shown!r}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..modeling import RevMViT, RevViT
-from .geometry import Geometry, read_geometry
 from .layouts import CONTAINER_KEYS, Converted, convert, last_norm, unwrap
-from .loading import read_source
-from .plan import LoadMode, plan_load
-from .report import name_some
+from .loading import LoadMode, LoadPlan, check_finite, check_values, name_some, read_source
+from .named import Geometry, read_geometry
 
 _MVIT_STRIDE = 4  # of the patch embedding; any would do, since weights only show the grid
 
@@ -103,24 +100,32 @@ def inspect_weights(source: str | os.PathLike | Mapping[str, Any]) -> WeightsSum
         classes=classifier[0].shape[0] if classifier else None,
         others=len(converted.others),
         training_state=[key for key in container if key not in state and key not in CONTAINER_KEYS],
-        problems=_problems(converted, backbone, geometry, name),
+        problems=_find_problems(converted, backbone, geometry, name),
     )
 
 
-def _problems(converted: Converted, backbone: dict[str, Tensor], size: Geometry, name: str) -> list[str]:
-    """What keeps the weights from filling the model of their own size."""
+def _find_problems(converted: Converted, backbone: dict[str, Tensor], size: Geometry, name: str) -> list[str]:
+    """What keeps the weights from filling the model of their own size, and what in them is no weight."""
     blocks = (re.match(r"blocks\.(\d+)\.", key) for key in backbone)
     present = {int(match.group(1)) for match in blocks if match}
     if len(present) != size.depth:
         return [f"{len(present)} blocks, but the last one has the number {size.depth - 1}"]
+    rest = {key: torch.as_tensor(v) for key, v in (converted.others | converted.dropped).items()}
+    # Batch norms count their batches, and other modules may count, too.
+    counts = [key for key, value in rest.items() if not (_is_weight(key) or value.is_floating_point())]
     try:
-        model = _model_of_size(backbone, size)
-        alone = dataclasses.replace(converted, prefix="", others={})
-        report = plan_load(model, alone, name, LoadMode(strict=False)).report
+        check_values(backbone | rest, counts, name)
+        check_finite({key: value.double() for key, value in rest.items()}, name)
+        alone = replace(converted, prefix="", others={})
+        result = LoadPlan(_model_of_size(backbone, size), alone, name, LoadMode(strict=False)).result
     except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
         return [str(error)]
-    found = {"missing, or of another shape": report.missing, "unexpected": report.unexpected}
+    found = {"missing, or of another shape": result.missing, "unexpected": result.unexpected}
     return [f"{len(keys)} tensors {what}: {name_some(keys)}" for what, keys in found.items() if keys]
+
+
+def _is_weight(key: str) -> bool:
+    return key.endswith((".weight", ".bias"))
 
 
 def _model_of_size(backbone: dict[str, Tensor], size: Geometry) -> nn.Module:
@@ -159,14 +164,9 @@ def _model_of_size(backbone: dict[str, Tensor], size: Geometry) -> nn.Module:
 
 def _termination(backbone: dict[str, Tensor]) -> str:
     """The simplest of `modeling.fusion.TERMINATIONS` with these tensors."""
-    for part, termination in (
-        ("final_norm", "norm-2x-mlp-norm"),
-        ("mlp", "norm-2x-mlp"),
-        ("linear", "norm-1-layer"),
-    ):
-        if any(re.match(rf"(scale\d+_)?norm\.{part}\.", key) for key in backbone):
-            return termination
-    return "concat-norm"
+    parts = {"final_norm": "norm-2x-mlp-norm", "mlp": "norm-2x-mlp", "linear": "norm-1-layer"}
+    found = {match.group(1) for key in backbone if (match := re.match(r"(?:scale\d+_)?norm\.(\w+)\.", key))}
+    return next((termination for part, termination in parts.items() if part in found), "concat-norm")
 
 
 def _fusion(backbone: dict[str, Tensor]) -> str:

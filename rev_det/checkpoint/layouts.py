@@ -26,22 +26,25 @@ _LAYOUTS = {
     "mmpretrain": re.compile(r"((?:.*?\.)?)layers\.\d+\.(?:ln1|ln2|attn\.qkv|ffn\.layers)\."),
 }
 
-_PYSLOWFAST_NAMES = (
-    (re.compile(r"(pos_embed|patch_embed\.proj\.\w+)"), r"\1"),
-    (re.compile(r"rev_backbone\.layers\.(\d+)\.([FG]\..+)"), r"blocks.\1.\2"),
-    (re.compile(r"rev_backbone\.layers\.(\d+)\.pre_q_fuse\.fuse_fn\.(.+)"), r"blocks.\1.fuse.\2"),
-    (re.compile(r"(norm\.\w+)"), r"\1"),
-)
-_MMPRETRAIN_NAMES = (
-    (re.compile(r"(pos_embed)"), r"\1"),
-    (re.compile(r"patch_embed\.projection\.(\w+)"), r"patch_embed.proj.\1"),
-    (re.compile(r"layers\.(\d+)\.ln1\.(\w+)"), r"blocks.\1.F.norm.\2"),
-    (re.compile(r"layers\.(\d+)\.attn\.(qkv|proj)\.(\w+)"), r"blocks.\1.F.attn.\2.\3"),
-    (re.compile(r"layers\.(\d+)\.ln2\.(\w+)"), r"blocks.\1.G.norm.\2"),
-    (re.compile(r"layers\.(\d+)\.ffn\.layers\.0\.0\.(\w+)"), r"blocks.\1.G.mlp.fc1.\2"),
-    (re.compile(r"layers\.(\d+)\.ffn\.layers\.1\.(\w+)"), r"blocks.\1.G.mlp.fc2.\2"),
-    (re.compile(r"ln1\.(\w+)"), r"norm.\1"),
-)
+# Names of the backbone's entries, below the prefix, and ours.
+_NAMES = {
+    "pyslowfast": (
+        (r"(pos_embed|patch_embed\.proj\.\w+)", r"\1"),
+        (r"rev_backbone\.layers\.(\d+)\.([FG]\..+)", r"blocks.\1.\2"),
+        (r"rev_backbone\.layers\.(\d+)\.pre_q_fuse\.fuse_fn\.(.+)", r"blocks.\1.fuse.\2"),
+        (r"(norm\.\w+)", r"\1"),
+    ),
+    "mmpretrain": (
+        (r"(pos_embed)", r"\1"),
+        (r"patch_embed\.projection\.(\w+)", r"patch_embed.proj.\1"),
+        (r"layers\.(\d+)\.ln1\.(\w+)", r"blocks.\1.F.norm.\2"),
+        (r"layers\.(\d+)\.attn\.(qkv|proj)\.(\w+)", r"blocks.\1.F.attn.\2.\3"),
+        (r"layers\.(\d+)\.ln2\.(\w+)", r"blocks.\1.G.norm.\2"),
+        (r"layers\.(\d+)\.ffn\.layers\.0\.0\.(\w+)", r"blocks.\1.G.mlp.fc1.\2"),
+        (r"layers\.(\d+)\.ffn\.layers\.1\.(\w+)", r"blocks.\1.G.mlp.fc2.\2"),
+        (r"ln1\.(\w+)", r"norm.\1"),
+    ),
+}
 _CLASSIFIER = re.compile(r"(?:.*\.)?head\..+")
 
 _PLAIN_VIT = "a plain vision transformer (timm, DeiT, MAE), whose blocks are not reversible"
@@ -118,17 +121,27 @@ def convert(container: Mapping[str, Any], name: str = "the state") -> Converted:
         ValueError: the layout is none of the supported ones.
     """
     state = unwrap(container, name)
-    for layout, pattern in _LAYOUTS.items():
-        prefix = find_prefix(state, pattern, name)
-        if prefix is None:
-            continue
-        if layout == "rev_det":
-            return _split_ours(state, prefix)
-        if layout == "mmpretrain":
-            _refuse_plain_vit(state, prefix, name)
-            return _convert_mmpretrain(state, prefix, name)
-        return _convert_pyslowfast(state, prefix, container)
-    raise ValueError(f"{name} holds no Rev-ViT or Rev-MViT: {_describe_foreign(state)}")
+    prefixes = ((layout, _find_prefix(state, pattern, name)) for layout, pattern in _LAYOUTS.items())
+    layout, prefix = next((found for found in prefixes if found[1] is not None), ("", ""))
+    if not layout:
+        raise ValueError(f"{name} holds no Rev-ViT or Rev-MViT: {_describe_foreign(state)}")
+    if layout == "rev_det":
+        ours = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        others = {k: v for k, v in state.items() if not k.startswith(prefix)}
+        return Converted(layout, prefix, ours, others)
+    if layout == "mmpretrain":
+        _refuse_plain_vit(state, prefix, name)
+    converted = Converted(layout, num_heads=_num_heads(container.get("cfg")))
+    for key, value in state.items():
+        if _CLASSIFIER.fullmatch(key):
+            converted.dropped[key] = value
+        elif key.startswith(prefix) and (ours := _our_name(key.removeprefix(prefix), layout)):
+            converted.backbone |= _our_values(ours, value, name)
+        else:
+            converted.unexpected.append(key)
+    last = last_norm(converted.backbone)
+    converted.backbone = {re.sub(r"^norm\.", f"{last}.", k): v for k, v in converted.backbone.items()}
+    return converted
 
 
 def unwrap(container: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -164,7 +177,7 @@ def backbone_prefix(keys: Iterable[str], name: str = "the model") -> str | None:
     Raises:
         ValueError: there are several.
     """
-    return find_prefix(keys, _LAYOUTS["rev_det"], name)
+    return _find_prefix(keys, _LAYOUTS["rev_det"], name)
 
 
 def holds_reversible_backbone(keys: Iterable[str]) -> bool:
@@ -174,15 +187,6 @@ def holds_reversible_backbone(keys: Iterable[str]) -> bool:
     """
     sure = (_LAYOUTS["rev_det"], _LAYOUTS["pyslowfast"])
     return any(pattern.match(key) for key in keys for pattern in sure)
-
-
-def find_prefix(keys: Iterable[str], pattern: re.Pattern, name: str) -> str | None:
-    matches = (pattern.match(key) for key in keys)
-    prefixes = sorted({match.group(1) for match in matches if match})
-    if len(prefixes) > 1:
-        below = ", ".join(repr(prefix) for prefix in prefixes)
-        raise ValueError(f"{name} holds several backbones, below {below}; pass the one that is meant")
-    return prefixes[0] if prefixes else None
 
 
 def transition_indexes(backbone: Iterable[str]) -> list[int]:
@@ -202,61 +206,36 @@ def last_norm(backbone: Iterable[str]) -> str:
     return f"scale{len(transition_indexes(keys)) + 2}_norm" if is_mvit(keys) else "norm"
 
 
-def _split_ours(state: Mapping[str, Any], prefix: str) -> Converted:
-    converted = Converted("rev_det", prefix)
-    for key, value in state.items():
-        if key.startswith(prefix):
-            converted.backbone[key.removeprefix(prefix)] = value
-        else:
-            converted.others[key] = value
-    return converted
+def _find_prefix(keys: Iterable[str], pattern: re.Pattern, name: str) -> str | None:
+    matches = (pattern.match(key) for key in keys)
+    prefixes = sorted({match.group(1) for match in matches if match})
+    if len(prefixes) > 1:
+        below = ", ".join(repr(prefix) for prefix in prefixes)
+        raise ValueError(f"{name} holds several backbones, below {below}; pass the one that is meant")
+    return prefixes[0] if prefixes else None
 
 
-def _convert_pyslowfast(state: Mapping[str, Any], prefix: str, container: Mapping[str, Any]) -> Converted:
-    converted = Converted("pyslowfast", num_heads=_num_heads(container.get("cfg")))
-    renamed = _rename(state, prefix, _PYSLOWFAST_NAMES, converted)
-    for key, value in renamed.items():
-        if re.search(r"\.pool_[qkv]\.weight$", key) and value.ndim == 5 and value.shape[2] == 1:
-            value = value.reshape(*value.shape[:2], *value.shape[3:])  # (d, 1, 1, kh, kw) -> (d, 1, kh, kw)
-        if key.startswith("norm."):
-            key = f"{last_norm(renamed)}.{key.removeprefix('norm.')}"
-        converted.backbone[key] = value
-    return converted
+def _our_name(key: str, layout: str) -> str | None:
+    """Our name of an entry of another layout's backbone; None if there is none."""
+    for theirs, ours in _NAMES[layout]:
+        if match := re.fullmatch(theirs, key):
+            return match.expand(ours)
+    return None
 
 
-def _convert_mmpretrain(state: Mapping[str, Any], prefix: str, name: str) -> Converted:
-    converted = Converted("mmpretrain")
-    for key, value in _rename(state, prefix, _MMPRETRAIN_NAMES, converted).items():
-        if ".attn.qkv." not in key:
-            converted.backbone[key] = value
-        elif value.ndim == 0 or value.shape[0] % 3:
+def _our_values(key: str, value: Any, name: str) -> dict[str, Any]:
+    """An entry under its own name of ours, in our shape; q, k and v apart if they are fused."""
+    if ".attn.qkv." in key:
+        if value.ndim == 0 or value.shape[0] % 3:
             raise ValueError(
                 f"{name} is no mmpretrain RevViT: {key} fuses q, k and v, but its shape is "
                 f"{tuple(value.shape)}, and the rows are no multiple of 3"
             )
-        else:
-            rows = value.shape[0] // 3
-            for i, part in enumerate("qkv"):
-                converted.backbone[key.replace(".qkv.", f".{part}.")] = value[i * rows : (i + 1) * rows]
-    return converted
-
-
-def _rename(
-    state: Mapping[str, Any], prefix: str, names: Iterable[tuple[re.Pattern, str]], converted: Converted
-) -> dict[str, Any]:
-    renamed = {}
-    for key, value in state.items():
-        bare = key.removeprefix(prefix)
-        if _CLASSIFIER.fullmatch(bare):
-            converted.dropped[key] = value
-            continue
-        for pattern, replacement in names:
-            if pattern.fullmatch(bare) and key.startswith(prefix):
-                renamed[pattern.sub(replacement, bare)] = value
-                break
-        else:
-            converted.unexpected.append(key)
-    return renamed
+        rows = value.shape[0] // 3
+        return {key.replace("qkv", part): value[i * rows : (i + 1) * rows] for i, part in enumerate("qkv")}
+    if re.search(r"\.pool_[qkv]\.weight$", key) and value.ndim == 5 and value.shape[2] == 1:
+        value = value.reshape(*value.shape[:2], *value.shape[3:])  # (d, 1, 1, kh, kw) -> (d, 1, kh, kw)
+    return {key: value}
 
 
 def _num_heads(config: Any) -> int | None:

@@ -14,8 +14,7 @@ from detectron2.data import MetadataCatalog
 
 from .. import __version__
 from ..config_files import flat
-from .plan import LoadMode
-from .report import name_some
+from .loading import LoadMode, name_some
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -25,7 +24,7 @@ logger = logging.getLogger(__name__)
 # Of a config what makes a model what it is; not where it runs, what follows from the data, and the paths of
 # these, which are nobody else's business.
 _EVALUATED = ("MODEL.", "INPUT.")
-_SECTIONS = (*_EVALUATED, "SOLVER.")
+_SECTIONS = (*_EVALUATED, "DATASETS.TRAIN", "SOLVER.")
 _LEFT_OUT = (
     "INPUT.MASK_FORMAT",
     "MODEL.DEVICE",

@@ -6,6 +6,7 @@ Without --device the figures are counted: exactly, for any size, without a GPU. 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shlex
@@ -17,11 +18,10 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from ..analysis.cases import Case, Counting, Measuring
+    from ..comparison.cases import Case
+    from ..comparison.presets import Preset
 
 
-# Those that look for the largest batch.
-_LIMITED_PRESETS = ("table1", "figure3b", "figure3c")
 _DEFINITIONS = {
     "counted": (
         "Counted, without running the step on a device, by the rules of {rules}: peak memory has gradients "
@@ -35,8 +35,6 @@ _DEFINITIONS = {
         "torch.cuda.max_memory_allocated. Warm-up is what came before, to load and choose kernels."
     ),
 }
-# Of a step that is counted, some minutes' work: 249 images of 800x1344.
-_MOST_PIXELS = 2**28
 # In the order in which a command line is written down.
 _CASE_OPTIONS = ("activations", "keep_attention", "peers", "depth", "size", "batch", "dtype", "max_batch")
 _OPTIONS = (
@@ -51,126 +49,147 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, FileNotFoundError: arguments or a config that cannot be run.
     """
-    from rich.console import Console
+    from ..comparison import presets
+    from ..comparison.cases import Counting, Measuring, run_cases, without_baselines
+    from ..comparison.plots import save_plot
+    from ..memory.counting import GIB
+    from ..memory.table import describe_machine, print_peaks, print_rows, save_csv, save_json
 
-    from ..analysis.cases import run_cases, without_baselines
-    from ..analysis.counting import GIB
-    from ..analysis.plots import save_plot, save_scatter
-    from ..analysis.presets import PRESETS, largest_batches
-    from ..analysis.report import Report, describe_machine
-
-    preset = PRESETS[args.preset] if args.preset else None
+    preset = presets.PRESETS[args.preset] if args.preset else None
     device = _device(args.device)
-    limit = parse_memory(args.memory_limit) if args.memory_limit else preset.memory_limit if preset else None
-    _check(args, device, limit, measured_only=bool(preset and preset.measured_only))
+    limit = parse_memory(args.memory_limit) if args.memory_limit else preset and preset.memory_limit
+    _check(args, device, limit, preset)
     cases, left_out = without_baselines(preset.cases if preset else _cases(args))
-    _check_precision(cases, device)
-    if device is None:
-        _check_countable(cases)
+    _check_cases(cases, device)
+    make_row = preset.make_row if preset else presets.largest_batch if args.max_batch else presets.step
 
-    # A file or pipe has no width of its own, and narrow tables are unreadable.
-    console = Console(width=None if Console().is_terminal else 200)
+    console = make_console()
     if left_out:
         console.print(left_out)
     with progress_bar(console, len(cases)) as (done, tick):
-        runner = _runner(args, device, limit, tick)
-        if preset:
-            rows = preset.run(cases, runner, limit, done)
-        elif args.max_batch:
-            rows = largest_batches(cases, runner, limit, done)
+        if device is None:
+            runner = Counting(args.device_rules or "cuda", listed=max(12, args.at_peak or 0))
+            text = _DEFINITIONS["counted"].format(rules=runner.device_rules, rates=runner.rates)
         else:
-            rows = run_cases(cases, runner, done)
-    definitions = [_definition(runner)]
+            # Detectron2 reports training time as the mean over iterations 100 to 500.
+            warm_up, steps = (100, 400) if args.config_file else (5, 20)
+            runner = Measuring(device, args.warm_up or warm_up, args.steps or steps, limit, tick)
+            text = _DEFINITIONS["measured"]
+        rows = run_cases(cases, lambda case: make_row(runner, case, limit), done)
+    definitions = [text]
     if limit is not None:
         definitions.append(f"Memory limit: {limit / GIB:.2f} GiB, for all but CUDA's own context.")
-    report = Report(
-        title=preset.title if preset else "Training step",
-        command=command_line(["rev-det", "bench"], args, _OPTIONS),
-        rows=rows,
-        machine=describe_machine(device),
-        definitions=definitions,
-    )
-    report.print(console)
-    report.print_peaks(console, args.at_peak if args.at_peak is not None else 0 if len(rows) > 6 else 5)
+    title = preset.title if preset else "Training step"
+    print_rows(console, title, rows)
+    for line in definitions:
+        console.print(line, style="dim", highlight=False)
+    print_peaks(console, rows, args.at_peak if args.at_peak is not None else 0 if len(rows) > 6 else 5)
     if args.json:
-        report.save_json(args.json)
+        content = {
+            "title": title,
+            "command": command_line(["rev-det", "bench"], args, _OPTIONS),
+            "rows": rows,
+            "machine": describe_machine(device),
+            "definitions": definitions,
+        }
+        save_json(args.json, content)
     if args.csv:
-        report.save_csv(args.csv)
-    if args.plot and preset and preset.scatter:
-        save_scatter(report, args.plot, *preset.scatter)
-    elif args.plot:
-        save_plot(report, args.plot)
+        save_csv(args.csv, rows)
+    if args.plot:
+        save_plot(title, rows, args.plot, preset and preset.against)
     return 0
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, most_pixels: int) -> tuple[int, int]:
     """ "800x1344" as (height, width) in pixels."""
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    match = re.fullmatch(r"([1-9]\d{0,9})x([1-9]\d{0,9})", text)
     if match is None:
         raise ValueError(f"--size must be HEIGHTxWIDTH in pixels, such as 800x1344; got {text!r}")
     height, width = int(match[1]), int(match[2])
-    if height * width > _MOST_PIXELS:
-        raise ValueError(f"--size {text} has more than {_MOST_PIXELS // 10**6} million pixels")
+    if height * width > most_pixels:
+        raise ValueError(f"--size {text} has more than {most_pixels // 10**6} million pixels")
     return height, width
 
 
 def parse_memory(text: str) -> int:
     """ "16GB" (10^9 bytes each) or "16GiB" (2^30) as bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB)", text)
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)\s*(GB|GiB|MB|MiB)", text)
     if match is None or not float(match[1]):
         raise ValueError(f"--memory-limit must be a number of GB, GiB, MB or MiB, such as 16GB; got {text!r}")
     units = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
     return int(float(match[1]) * units[match[2]])
 
 
-def _check(
-    args: argparse.Namespace, device: torch.device | None, limit: int | None, measured_only: bool
-) -> None:
-    """Find before minutes of counting what would stop the command after them."""
-    from ..analysis.plots import SUFFIXES
+def check_files(args: argparse.Namespace) -> None:
+    """Find before minutes of work what would keep the results from being saved, or one from the other.
+
+    Raises:
+        ValueError, FileNotFoundError: a file cannot be written, or would be overwritten by the next.
+    """
+    from ..comparison.plots import SUFFIXES
     from ..files import check_output
 
-    if args.preset:
-        given = [_flag(name) for name in _CASE_OPTIONS if getattr(args, name) not in (None, False)]
-        if given:
-            raise ValueError(f"--preset {args.preset} says what is run; leave out {', '.join(given)}")
-    if measured_only and device is None:
+    config = getattr(args, "config", None) or getattr(args, "config_option", None) or args.config_file
+    files = {"the config": config, "--json": args.json, "--csv": args.csv, "--plot": args.plot}
+    for name in list(files)[1:]:
+        check_output(files[name], SUFFIXES if name == "--plot" else (), name)
+    given = {name: os.path.realpath(path) for name, path in files.items() if path}
+    for (one, path), (other, same) in itertools.combinations(given.items(), 2):
+        if path == same:
+            raise ValueError(f"{one} and {other} are one file, {files[other]}: give each a name of its own")
+
+
+def _check(
+    args: argparse.Namespace, device: torch.device | None, limit: int | None, preset: Preset | None
+) -> None:
+    """Find before minutes of counting what would stop the command after them."""
+    given = [_flag(name) for name in _CASE_OPTIONS if getattr(args, name) not in (None, False)]
+    if preset and given:
+        raise ValueError(f"--preset {args.preset} says what is run; leave out {', '.join(given)}")
+    if preset and preset.measured_only and device is None:
         raise ValueError(f"--preset {args.preset} is about time, which cannot be counted: give a --device")
-    if device is None and (args.steps or args.warm_up):
+    if device is None and (args.steps, args.warm_up) != (None, None):
         raise ValueError("--steps and --warm-up are of a measurement: give a --device")
     if args.device_rules and device is not None:
         raise ValueError("--device-rules is of a count: leave out --device")
+    if args.at_peak is not None and (device is not None or args.at_peak < 0):
+        raise ValueError(f"--at-peak is of a count, and at least 0, got {args.at_peak}: leave it out")
     if args.max_batch and limit is None and (device is None or device.type == "cpu"):
         raise ValueError("--max-batch needs a --memory-limit, such as 16GB, unless it is tried on a GPU")
     if args.max_batch and args.batch:
         raise ValueError("--max-batch finds the batch; leave out --batch")
     if limit is not None and device is not None and device.type == "cpu":
         raise ValueError("--memory-limit is enforced on CUDA devices; leave out --device to count instead")
-    if args.memory_limit and device is None and not (args.max_batch or args.preset in _LIMITED_PRESETS):
+    limited = args.max_batch or (preset and preset.memory_limit)
+    if args.memory_limit and device is None and not limited:
         raise ValueError("--memory-limit changes nothing here: give --max-batch, or a --device")
     if args.opts and not args.config_file:
         raise ValueError("--opts needs a --config-file")
     for name in ("depth", "batch", "steps", "warm_up"):
-        values = getattr(args, name) or []
-        for value in values if isinstance(values, list) else [values]:
-            if value < 1:
-                raise ValueError(f"{_flag(name)} must be at least 1, got {value}")
-    for path, suffixes in ((args.json, ()), (args.csv, ()), (args.plot, SUFFIXES)):
-        check_output(path, suffixes)
+        value = getattr(args, name)
+        for number in value if isinstance(value, list) else [] if value is None else [value]:
+            if number < 1:
+                raise ValueError(f"{_flag(name)} must be at least 1, got {number}")
+    check_files(args)
 
 
-def _check_countable(cases: Sequence[Case]) -> None:
-    """Each operation is run through, on tensors without values: more parts and blocks take longer."""
-    from ..analysis.cases import MOST_COUNTED
+def _check_cases(cases: Sequence[Case], device: torch.device | None) -> None:
+    from ..comparison.cases import MOST_COUNTED, MOST_PIXELS
+    from ..devices import computes_in_bfloat16
 
-    for case in cases:
+    if device is not None and device.type == "cuda" and any(case.dtype == "bf16" for case in cases):
+        # Older GPUs emulate it: neither their time nor their memory would be what was asked for.
+        if not computes_in_bfloat16(device):
+            raise ValueError("this GPU does not compute in bfloat16: give --dtype fp32 or another GPU")
+    for case in cases if device is None else ():
+        # Each operation is run through, on tensors without values: more parts and blocks take longer.
         height, width = case.size
         pixels = case.batch * height * width
-        if max(case.batch, case.depth or 0) > MOST_COUNTED or pixels > _MOST_PIXELS:
+        if max(case.batch, case.depth or 0) > MOST_COUNTED or pixels > MOST_PIXELS:
             depth = f" at depth {case.depth}" if case.depth else ""
             raise ValueError(
                 f"{case.batch} images of {height}x{width}{depth} would take very long to count: a step may "
-                f"have {MOST_COUNTED} images or blocks at most, and {_MOST_PIXELS // 10**6} million pixels. "
+                f"have {MOST_COUNTED} images or blocks at most, and {MOST_PIXELS // 10**6} million pixels. "
                 "Memory grows in a straight line with either, so that two smaller numbers tell it"
             )
 
@@ -190,18 +209,10 @@ def _device(name: str | None) -> torch.device | None:
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
 
 
-def _check_precision(cases: Sequence[Case], device: torch.device | None) -> None:
-    """Older GPUs emulate bfloat16: neither their time nor their memory would be what was asked for."""
-    from ..devices import computes_in_bfloat16
-
-    on_gpu = device is not None and device.type == "cuda"
-    if on_gpu and any(case.dtype == "bf16" for case in cases) and not computes_in_bfloat16(device):
-        raise ValueError("this GPU does not compute in bfloat16: give --dtype fp32 or another GPU")
-
-
 def _cases(args: argparse.Namespace) -> list[Case]:
-    from ..analysis.cases import Case, read_config, reversible_family
-    from ..analysis.peers import AS_CONFIGURED, MODELS, schemes
+    from ..comparison.cases import MOST_PIXELS, Case, reversible_family
+    from ..comparison.models import AS_CONFIGURED, MODELS, trainings
+    from ..engine.model_config import read_config
 
     model = cfg = None
     if args.config_file:
@@ -220,31 +231,21 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     chosen = [AS_CONFIGURED]
     if not plain:
         activations = args.activations or ("cached", "checkpoint", "reversible")
-        chosen = schemes(activations, args.keep_attention, args.peers)
+        chosen = trainings(activations, args.keep_attention, args.peers)
     return [
-        Case(title, model, scheme, batch, parse_size(size), dtype, depth, cfg)
+        Case(title, model, training, batch, parse_size(size, MOST_PIXELS), dtype, depth, cfg)
         for depth in args.depth or [None]
         for size in args.size or ["800x1344"]
         for batch in args.batch or [2]
-        for scheme in chosen
+        for training in chosen
     ]
 
 
-def _runner(
-    args: argparse.Namespace, device: torch.device | None, limit: int | None, tick: Callable[[], None]
-) -> Counting | Measuring:
-    from ..analysis.cases import Counting, Measuring
+def make_console() -> Console:
+    """A file or pipe has no width of its own, and narrow tables are unreadable."""
+    from rich.console import Console
 
-    if device is None:
-        return Counting(args.device_rules or "cuda")
-    # Detectron2 reports training time as the mean over iterations 100 to 500.
-    warm_up, steps = (100, 400) if args.config_file else (5, 20)
-    return Measuring(device, args.warm_up or warm_up, args.steps or steps, limit, tick)
-
-
-def _definition(runner: Counting | Measuring) -> str:
-    text = _DEFINITIONS[runner.method]
-    return text.format(rules=runner.device_rules, rates=runner.rates) if runner.method == "counted" else text
+    return Console(width=None if Console().is_terminal else 200)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..classify import Accuracy, Classifier, ImageFiles
+    from collections.abc import Sequence
+
     from ..engine.amp import Precision
 
 
@@ -15,108 +16,89 @@ _VALIDATION_IMAGES = 50_000
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..classify import ImageFiles, load_classifier, read_labels
+    from tqdm import tqdm
+
+    from ..checkpoint.named import NAMED_MODELS
+    from ..classify import find_validation_images, load_classifier, predict, read_labels
+    from ..rules import check_count
 
     if bool(args.images) == (args.imagenet is not None):
         raise ValueError("name either IMAGE files to classify or --imagenet DIR to measure the accuracy on")
-    precision, device = _choose_device(args.device, args.amp)
-    classifier, weights = load_classifier(args.weights)
+    check_count("--batch-size", args.batch_size)
+    check_count("--workers", args.workers, 0)
+    precision = _choose_precision(args)
+    classifier, model, result = load_classifier(args.weights)
+    if classifier.head is None:
+        published = NAMED_MODELS[model].url
+        raise ValueError(
+            f"{result.source} holds no classifier (a weight `head.projection` or `head.fc`). Converted files "
+            "and detectors have none: take the published file" + f", {published}" * bool(published)
+        )
     classes = classifier.head.out_features
     if not 1 <= args.top <= classes:
         raise ValueError(f"--top must be 1 to {classes}, the number of classes; got {args.top}")
     names = read_labels(args.labels, classes) if args.labels else [""] * classes
+    samples = [(path, None) for path in args.images]
     if args.imagenet is not None:
-        files = ImageFiles.from_folder(args.imagenet, classes)
-    else:
-        files = ImageFiles(args.images)
-    print(weights.report)
-    if args.imagenet is None:
-        return _classify(args, classifier, files, precision, device, names)
-    accuracy = _measure(args, classifier, files, precision, device)
-    if accuracy.images:
-        print(compare_with_published(accuracy, weights.model, precision))
-    return _report_unreadable(accuracy.unreadable, len(files))
+        samples = find_validation_images(args.imagenet, classes)
+    print(result)
+    paths = [path for path, _ in samples]
+    options = {"device": args.device, "batch_size": args.batch_size, "workers": args.workers}
+    predictions = predict(classifier, paths, precision, **options)
+    ranks, unreadable = [], []
+    with tqdm(total=len(paths), unit="image", desc="classify", disable=args.imagenet is None) as bar:
+        for (path, probabilities, problem), (_, label) in zip(predictions, samples, strict=True):
+            bar.update()
+            if problem:
+                unreadable.append(f"  {path}: {problem}\n")
+            elif label is None:
+                print(path)
+                for value, index in zip(*probabilities.topk(args.top), strict=True):
+                    print(f"  {100 * value:6.2f} %  {int(index):3d}  {names[index]}".rstrip())
+            else:
+                order = probabilities.argsort(descending=True, stable=True)
+                ranks.append(order.tolist().index(label))
+    if ranks:
+        print(compare_with_published(ranks, model, precision))
+    if unreadable:
+        sys.stderr.write(
+            f"{len(unreadable)} of {len(paths)} images could not be read:\n{''.join(unreadable)}"
+        )
+    return 1 if unreadable else 0
 
 
-def _choose_device(name: str | None, amp: bool) -> tuple[Precision, str]:
+def _choose_precision(args: argparse.Namespace) -> Precision:
+    """The arithmetic, and in ``args`` the device."""
     from ..config_files import default_config
     from ..devices import check_device
     from ..engine.amp import Precision
 
-    name = check_device("--device", name)
     cfg = default_config()
-    cfg.MODEL.DEVICE = name
-    cfg.SOLVER.AMP.ENABLED = amp
-    return Precision.from_config(cfg), name
+    cfg.MODEL.DEVICE = args.device = check_device("--device", args.device)
+    cfg.SOLVER.AMP.ENABLED = args.amp
+    return Precision.from_config(cfg)
 
 
-def _classify(
-    args: argparse.Namespace,
-    classifier: Classifier,
-    files: ImageFiles,
-    precision: Precision,
-    device: str,
-    names: list[str],
-) -> int:
-    from ..classify import predict
+def compare_with_published(ranks: Sequence[int], model: str, precision: Precision) -> str:
+    """The measured accuracy, and what the authors publish for a named model.
 
-    unreadable = []
-    options = {"device": device, "batch_size": args.batch_size, "workers": args.workers}
-    for batch in predict(classifier, files, precision, **options):
-        for path, probabilities in zip(batch.paths, batch.probabilities, strict=True):
-            print(path)
-            for value, index in zip(*probabilities.topk(args.top), strict=True):
-                print(f"  {100 * value:6.2f} %  {int(index):3d}  {names[index]}".rstrip())
-        unreadable += batch.unreadable
-    return _report_unreadable(unreadable, len(files))
+    Args:
+        ranks: for each image, one at least, how many classes are before the right one.
+        model: as "rev_vit_s".
+        precision: of the computation.
+    """
+    from ..checkpoint.named import NAMED_MODELS
 
-
-def _measure(
-    args: argparse.Namespace, classifier: Classifier, files: ImageFiles, precision: Precision, device: str
-) -> Accuracy:
-    from tqdm import tqdm
-
-    from ..classify import Accuracy, predict
-
-    accuracy = Accuracy()
-    options = {"device": device, "batch_size": args.batch_size, "workers": args.workers}
-    batches = predict(classifier, files, precision, **options)
-    with tqdm(total=len(files), unit="image", desc="classify") as bar:
-        for batch in batches:
-            accuracy.add(batch)
-            bar.update(len(batch.paths) + len(batch.unreadable))
-            if accuracy.images:
-                bar.set_postfix({"top-1": f"{100 * accuracy.top1 / accuracy.images:.2f} %"})
-    return accuracy
-
-
-def compare_with_published(accuracy: Accuracy, model: str, precision: Precision) -> str:
-    """The measured accuracy, of one image at least, and what the authors publish for a named model."""
-    from ..checkpoint.named import PUBLISHED
-
-    top1, top5 = (100 * hits / accuracy.images for hits in (accuracy.top1, accuracy.top5))
-    lines = [
-        f"measured here: top-1 {top1:.2f} %, top-5 {top5:.2f} % ({accuracy.images:,} images, {precision})"
-    ]
-    if model in PUBLISHED:
-        published = PUBLISHED[model]
-        remark = f"; {published.remark}" if published.remark else ""
-        lines.append(f"published:     top-1 {published.top1} % (by the authors' model table{remark})")
-        if accuracy.images != _VALIDATION_IMAGES:
-            lines.append(
-                "not to be compared: the published figure is for ImageNet's "
-                f"{_VALIDATION_IMAGES:,} validation images"
-            )
-    else:
-        lines.append(f"published:     none for {model}")
+    top1, top5 = (100 * sum(rank < best for rank in ranks) / len(ranks) for best in (1, 5))
+    lines = [f"measured here: top-1 {top1:.2f} %, top-5 {top5:.2f} % ({len(ranks):,} images, {precision})"]
+    published = NAMED_MODELS[model]
+    if not published.url:
+        return "\n".join([*lines, f"published:     none for {model}"])
+    remark = f"; {published.remark}" if published.remark else ""
+    lines.append(f"published:     top-1 {published.top1} % (by the authors' model table{remark})")
+    if len(ranks) != _VALIDATION_IMAGES:
+        lines.append(
+            "not to be compared: the published figure is for ImageNet's "
+            f"{_VALIDATION_IMAGES:,} validation images"
+        )
     return "\n".join(lines)
-
-
-def _report_unreadable(unreadable: list[tuple[str, str]], total: int) -> int:
-    """Name the files that could not be read; the exit code."""
-    if not unreadable:
-        return 0
-    sys.stderr.write(f"{len(unreadable)} of {total} images could not be read:\n")
-    for path, reason in unreadable:
-        sys.stderr.write(f"  {path}: {reason}\n")
-    return 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..data.check import Finding
+    from ..data.findings import Finding
 
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
@@ -21,10 +21,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from functools import partial
+
     from tqdm import tqdm
 
     from ..data import parse_dataset_argument
-    from ..data.check import ERROR, WARNING, check_data, check_overlap
+    from ..data.check import check_data, check_overlap
+    from ..data.findings import ERROR, WARNING
 
     sets = [parse_dataset_argument(text, "data set") for text in args.sets]
     names = [name for name, *_ in sets]
@@ -34,17 +37,13 @@ def _check(args: argparse.Namespace) -> int:
     for name, json_file, image_root in sets:
         # In a file each step of the bar is a line.
         interval = 0.1 if sys.stderr.isatty() else 10.0
-        with tqdm(unit="image", desc=name, leave=False, delay=1, mininterval=interval) as bar:
-
-            def show(count: int, total: int, bar: tqdm = bar) -> None:
-                bar.total = total
-                bar.update(count - bar.n)
-
-            reports.append(check_data(name, json_file, image_root, show))
+        bar = partial(tqdm, unit="image", desc=name, leave=False, delay=1, mininterval=interval)
+        reports.append(check_data(name, json_file, image_root, bar))
     findings = []
     for report in reports:
-        counts = f"{report.num_images} images, {report.num_instances} instances, {report.num_classes} classes"
-        findings += _show(f"{report.name}: {counts}", report.findings)
+        counts = f"{report.num_images} images, {report.num_instances} instances"
+        title = f"{report.name}: {counts}, {len(report.classes)} classes"
+        findings += _show(title, report.findings)
     for one, other in combinations(reports, 2):
         findings += _show(f"{one.name} and {other.name}", check_overlap(one, other))
     errors, warnings = (sum(f.severity == severity for f in findings) for severity in (ERROR, WARNING))
@@ -54,7 +53,8 @@ def _check(args: argparse.Namespace) -> int:
 
 def _view(args: argparse.Namespace) -> int:
     from ..data import parse_dataset_argument, register_coco_json
-    from ..data.view import draw_annotations
+    from ..data.contact_sheet import draw_annotations
+    from ..data.findings import printable
     from ..files import check_output, whole_file
     from .predict import report_failures
 
@@ -64,12 +64,14 @@ def _view(args: argparse.Namespace) -> int:
     register_coco_json(name, json_file, image_root)
     with whole_file(path) as part:
         count, failures = draw_annotations(name, part, args.num, args.seed, args.classes)
-    print(f"{_counted(count, 'image')} of '{name}' drawn in {path}")
+    print(printable(f"{_counted(count, 'image')} of '{name}' drawn in {path}"))
     return report_failures(failures, f"{count + len(failures)} images", "drawn")
 
 
 def _show(title: str, findings: Sequence[Finding]) -> Sequence[Finding]:
-    print(title)
+    from ..data.findings import printable
+
+    print(printable(title))
     for finding in findings:
         print(f"  {finding.severity:7}  {finding.text}")
     if not findings:

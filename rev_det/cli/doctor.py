@@ -6,11 +6,15 @@ The exit code is 1 if there are problems.
 from __future__ import annotations
 
 import argparse
+import logging
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..doctor import PROBLEM, examine
+    from ..doctor import PROBLEM, describe_environment, examine
 
+    # It misses a compiler for CUDA, which nobody needs here.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    print(f"{describe_environment().strip()}\n")
     findings = examine()
     width = max(len(finding.what) for finding in findings)
     for finding in findings:

@@ -9,6 +9,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from .predict import ending_on_sigterm
+
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
     from torch import Tensor
@@ -22,10 +24,8 @@ def run(args: argparse.Namespace) -> int:
     """
     from detectron2.utils.logger import setup_logger
 
-    from ..analysis.cases import read_config
-    from ..checkpoint import RevCheckpointer
-    from ..engine import build_detector
     from ..export import check_target, export
+    from ..files import check_kept, printable
     from ..predict import Origin
 
     setup_logger(name="rev_det")
@@ -34,26 +34,27 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise ValueError(str(error)) from error
     origin = Origin.find(None, args.config_file, args.weights)
-    cfg = read_config(origin.config_file, args.opts)
-    model = build_detector(cfg)
-    strict = cfg.MODEL.REV.STRICT_WEIGHTS
-    RevCheckpointer(model, strict_weights=strict, evaluation=True).load(origin.weights, checkpointables=[])
+    inputs = [origin.weights.partition("#")[0], origin.config_file, args.image or ""]
+    check_kept("--output", [args.output], inputs)
+    cfg = origin.read_config(args.opts)
     image = _read_image(cfg, args.image) if args.image else None
     size = args.size or _test_size(cfg)
-    comparisons = export(model, args.output, args.format, args.part, size=size, image=image)
+    model, _ = origin.load_model(cfg)
+    with ending_on_sigterm():
+        comparisons = export(model, args.output, args.format, args.part, size=size, image=image)
     for comparison in comparisons:
         print(comparison)
         if comparison.detections == 0:
             sys.stderr.write(
                 "warning: nothing was detected, which checks little; give an --image with objects\n"
             )
-    print(f"written to {args.output}")
+    print(f"written to {printable(args.output)}")
     return 0
 
 
 def _test_size(cfg: CfgNode) -> tuple[int, int]:
     """Height and width of the largest test images, as multiples of 32."""
-    if cfg.INPUT.MIN_SIZE_TEST < 1:
+    if cfg.INPUT.MIN_SIZE_TEST == 0:
         raise ValueError("INPUT.MIN_SIZE_TEST is 0, images are not resized: give --size H W")
     height, width = (-(-n // 32) * 32 for n in (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST))
     return height, width
@@ -62,12 +63,13 @@ def _test_size(cfg: CfgNode) -> tuple[int, int]:
 def _read_image(cfg: CfgNode, path: str) -> Tensor:
     """An image file in the colours of the config. (3, H, W)."""
     import torch
-    from detectron2.data.detection_utils import read_image
+
+    from ..data.images import read_rgb
 
     try:
-        pixels = read_image(path, format=cfg.INPUT.FORMAT)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:
+        pixels = read_rgb(path)
+    except ValueError as error:
         raise ValueError(f"--image {path} cannot be read: {error}") from error
+    if cfg.INPUT.FORMAT == "BGR":
+        pixels = pixels[:, :, ::-1]
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from ..files import printable
 
-    from ..predict import Detector, PredictionWriter, Source
+if TYPE_CHECKING:
+    from ..predict import Detector, PredictionWriter
 
 
 # Classes to list in the summary.
 _LISTED = 8
-# Files to look at again where nothing was found.
-_LOOKED_AT = 4
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,14 +31,15 @@ def run(args: argparse.Namespace) -> int:
     from detectron2.utils.logger import setup_logger
     from tqdm import tqdm
 
-    from ..predict import Origin, PredictionWriter, check_output, find_sources, load_detector, predict
-    from ..predict.output import RESULTS
+    from ..predict import Origin, PredictionWriter, check_folder, find_sources, load_detector, predict
 
     setup_logger(name="rev_det")
     sources = find_sources(args.inputs)
-    check_output(args.output, sources)
+    origin = Origin.find(args.run, args.config_file, args.weights)
+    inputs = [origin.config_file, origin.weights.partition("#")[0], args.dataset_json or ""]
+    check_folder(args.output, sources, inputs)
     detector = load_detector(
-        Origin.find(args.run, args.config_file, args.weights),
+        origin,
         device=args.device,
         threshold=args.threshold,
         only=args.classes,
@@ -45,22 +47,18 @@ def run(args: argparse.Namespace) -> int:
         dataset_json=args.dataset_json,
         opts=args.opts,
     )
-    with PredictionWriter(args.output, detector.classes, args.dataset_json, not args.no_pictures) as writer:
-        total = sum(source.num_frames() for source in sources)
-        # In a file each step of the bar is a line.
-        interval = 0.1 if sys.stderr.isatty() else 10.0
-        title = f"predict{'' if args.no_pictures else ' and draw'} ({detector.precision})"
-        with tqdm(total=total, unit="image", desc=title, mininterval=interval) as bar:
-            failures = predict(detector, sources, writer, args.batch_size, bar.update)
-    print(_summary(writer))
-    if not writer.counts and writer.files():
-        print(_nothing_found(detector, sources, args.classes))
-    print(f"written to {writer.folder}")
-    if not writer.counts:
-        print(f"{RESULTS} is an empty list, which pycocotools' loadRes cannot load")
-    if others := writer.others():
-        pictures = f"{others} picture{'s' * (others != 1)}"
-        print(f"{writer.folder} also holds {pictures} that this call has not written")
+    with ending_on_sigterm():
+        with PredictionWriter(
+            args.output, detector.classes, args.dataset_json, not args.no_pictures
+        ) as writer:
+            total = sum(source.num_frames() for source in sources)
+            # In a file each step of the bar is a line.
+            interval = 0.1 if sys.stderr.isatty() else 10.0
+            title = f"predict{'' if args.no_pictures else ' and draw'} ({detector.precision})"
+            with tqdm(total=total, unit="image", desc=title, mininterval=interval) as bar:
+                failures = predict(detector, sources, writer, args.batch_size, bar.update)
+    print(_summary(writer, detector, args.classes))
+    print(f"written to {printable(args.output)}")
     return report_failures(failures, f"{len(sources)} files", "read, or not to the end")
 
 
@@ -72,34 +70,36 @@ def report_failures(failures: Sequence[tuple[str, str]], total: str, done: str) 
     """
     if failures:
         sys.stderr.write(f"{len(failures)} of {total} could not be {done}:\n")
-        sys.stderr.writelines(f"  {path}: {reason}\n" for path, reason in failures)
+        sys.stderr.writelines(f"  {printable(path)}: {printable(reason)}\n" for path, reason in failures)
     return 1 if failures else 0
 
 
-def _summary(writer: PredictionWriter) -> str:
-    found = writer.counts.most_common()
-    listed = ", ".join(f"{name}: {count}" for name, count in found[:_LISTED])
-    more = f" and {len(found) - _LISTED} more classes" if len(found) > _LISTED else ""
+@contextlib.contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: results are kept, and unfinished files removed."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _summary(writer: PredictionWriter, detector: Detector, classes: Sequence[str]) -> str:
+    """What was found; if that is nothing, what a newcomer can try."""
     files, objects = writer.files(), sum(writer.counts.values())
     what = f"{objects} object{'s' * (objects != 1)} in {files} file{'s' * (files != 1)}"
-    return f"{what} ({listed}{more})" if listed else what
+    if not files:
+        return what
+    if objects:
+        return f"{what} ({_listed([f'{name}: {count}' for name, count in writer.counts.most_common()])})"
+    wanted = f" for {_listed(classes)}" if classes else ""
+    return (
+        f"{what}: no score{wanted} is as high as the --threshold of {detector.threshold:g}, and a lower one "
+        f"shows more\nthe detector knows {_listed(detector.classes.thing_classes)}\n"
+        "predictions.json is an empty list, which pycocotools' loadRes cannot load"
+    )
 
 
-def _nothing_found(detector: Detector, sources: Sequence[Source], classes: Sequence[str]) -> str:
-    """What a newcomer can try."""
-    from ..predict import highest_score
-
-    known = ", ".join(detector.classes.names[:_LISTED])
-    more = len(detector.classes.names) - _LISTED
-    known += f" and {more} more" if more > 0 else ""
-    score = highest_score(detector, sources, _LOOKED_AT)
-    wanted = f" for {', '.join(classes)}" if classes else ""
-    if score is None:
-        said = f"no object is found{wanted} with any --threshold"
-    else:
-        few = f" in the first {_LOOKED_AT} files" if len(sources) > _LOOKED_AT else ""
-        said = (
-            f"no score{wanted} is as high as the --threshold of {detector.threshold:g}: "
-            f"the highest{few} is {score:.3f}, and a lower threshold shows more"
-        )
-    return f"{said}\nthe detector knows {known}"
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return printable(", ".join(names[:_LISTED])) + more

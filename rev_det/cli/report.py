@@ -11,5 +11,7 @@ import argparse
 def run(args: argparse.Namespace) -> int:
     from ..report import write_report
 
-    print(f"report: {write_report(args.folder, args.output)}")
+    path = str(write_report(args.folder, args.output))
+    # Not every name of a file can be printed.
+    print("report:", path.encode("utf-8", "backslashreplace").decode("utf-8"))
     return 0

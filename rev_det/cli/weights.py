@@ -34,12 +34,12 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from ..checkpoint.named import load_named_model
+    from ..classify import load_classifier
     from ..fingerprint import take_fingerprints
 
-    weights = load_named_model(args.file, args.model)
-    print(weights.report)
-    print(f"{weights.model} on the fixed input, in float64:")
-    for fingerprint in take_fingerprints(weights):
-        print(f"  {fingerprint}")
+    classifier, model, result = load_classifier(args.file, args.model)
+    print(result)
+    print(f"{model} on the fixed input, in float64:")
+    for line in take_fingerprints(classifier):
+        print(f"  {line}")
     return 0

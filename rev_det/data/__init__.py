@@ -1,7 +1,7 @@
 """Datasets: COCO-format data by name and path, the generated quick-start set, mapping and evaluation."""
 
 from .coco import parse_dataset_argument, register_coco_json
-from .evaluation import RevCOCOEvaluator
+from .coco_evaluation import RevCOCOEvaluator
 from .loader import TrainLoader, build_test_loader, build_train_loader
 from .mapper import RevDatasetMapper
 from .resolve import class_names, register_datasets, resolve_mask_format, resolve_num_classes

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
-from ..checks import check_choice, check_count, is_finite, is_whole
+from ..rules import check_config
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
-
-AUGMENTATIONS = ("default", "swin", "lsj")
 
 # The crop branch of DETR (arXiv 2005.12872), taken over by Swin (arXiv 2103.14030): short sides and longest
 # side before the crop, and the range of the crop's sides, in pixels. INPUT.MIN_SIZE_TRAIN follows.
@@ -22,15 +20,7 @@ _CROP = (384, 600)
 
 
 class RandomBranch(T.RandomApply):
-    """Detectron2's ``RandomApply`` of several augmentations in a row, readable in logs.
-
-    Args:
-        augmentations: applied all, one after the other, or none of them.
-        prob: of applying them, from 0 to 1.
-    """
-
-    def __init__(self, augmentations: list[T.Augmentation], prob: float = 0.5):
-        super().__init__(T.AugmentationList(augmentations), prob)
+    """Detectron2's ``RandomApply``, readable in logs."""
 
     def __repr__(self) -> str:
         return f"RandomBranch({self.aug.augs}, prob={self.prob})"
@@ -56,70 +46,31 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
             ``INPUT.CROP``; crops of masks without the package shapely.
     """
     name = cfg.INPUT.get("AUGMENTATION", "default")
-    check_choice("INPUT.AUGMENTATION", name, AUGMENTATIONS)
-    check_choice("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ("none", "horizontal", "vertical"))
-    _check_sizes(cfg)
+    check_config(cfg, "INPUT.")
     augmentations = utils.build_augmentation(cfg, is_train)
     if is_train and cfg.INPUT.CROP.ENABLED:
-        _check_crop(cfg, name)
+        if crops_by_name(cfg):
+            raise ValueError(
+                f"INPUT.AUGMENTATION is {name!r}, which crops on its own, but INPUT.CROP.ENABLED is True; "
+                "set INPUT.CROP.ENABLED False, or INPUT.AUGMENTATION default"
+            )
+        _require_shapely(cfg, "INPUT.CROP.ENABLED is True", "set INPUT.CROP.ENABLED False")
     if not (is_train and crops_by_name(cfg)):
         return augmentations
-    if name == "lsj":
-        size, (smallest, largest) = _lsj_values(cfg)
     _require_shapely(cfg, f"INPUT.AUGMENTATION is {name!r}", "set INPUT.AUGMENTATION default")
     if name == "swin":
         branch = [
             T.ResizeShortestEdge(_BEFORE_CROP, _BEFORE_CROP_LONGEST, sample_style="choice"),
             T.RandomCrop("absolute_range", _CROP),
         ]
-        return [RandomBranch(branch), *augmentations]
-    flips = augmentations[1:]
-    return [T.ResizeScale(smallest, largest, size, size), T.FixedSizeCrop((size, size)), *flips]
+        return [RandomBranch(T.AugmentationList(branch)), *augmentations]
+    size, flips = cfg.INPUT.LSJ.SIZE, augmentations[1:]
+    return [T.ResizeScale(*cfg.INPUT.LSJ.SCALES, size, size), T.FixedSizeCrop((size, size)), *flips]
 
 
 def crops_by_name(cfg: CfgNode) -> bool:
     """Whether ``INPUT.AUGMENTATION`` is one that crops training images."""
     return cfg.INPUT.get("AUGMENTATION", "default") != "default"
-
-
-def _check_sizes(cfg: CfgNode) -> None:
-    # Of a single pixel nothing is left to flip.
-    for split, minimum in (("TRAIN", 2), ("TEST", 1)):
-        check_count(f"INPUT.MAX_SIZE_{split}", cfg.INPUT[f"MAX_SIZE_{split}"], minimum)
-    # For Detectron2, 0 is no resize.
-    check_count("INPUT.MIN_SIZE_TEST", cfg.INPUT.MIN_SIZE_TEST, minimum=0)
-    shortest, style = cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
-    check_choice("INPUT.MIN_SIZE_TRAIN_SAMPLING", style, ("choice", "range"))
-    # Outside of config files it may also be a single number.
-    sizes = [shortest] * 2 if is_whole(shortest) else shortest
-    valid = bool(sizes) and all(is_whole(size) and size >= 0 and size != 1 for size in sizes)
-    if style == "range":
-        valid = valid and len(sizes) == 2 and sizes[0] <= sizes[1]
-    if not valid:
-        form = "two, the smallest first" if style == "range" else "at least one"
-        raise ValueError(
-            f"INPUT.MIN_SIZE_TRAIN is {shortest!r}; with INPUT.MIN_SIZE_TRAIN_SAMPLING {style!r} it must be "
-            f"{form}, of short sides of at least 2 pixels (0 for no resize)"
-        )
-
-
-def _check_crop(cfg: CfgNode, name: str) -> None:
-    if crops_by_name(cfg):
-        raise ValueError(
-            f"INPUT.AUGMENTATION is {name!r}, which crops on its own, but INPUT.CROP.ENABLED is True; "
-            "set INPUT.CROP.ENABLED False, or INPUT.AUGMENTATION default"
-        )
-    style, size = cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE
-    check_choice("INPUT.CROP.TYPE", style, ("relative", "relative_range", "absolute", "absolute_range"))
-    if style.startswith("relative"):
-        valid, form = all(is_finite(side) and 0 < side <= 1 for side in size), "shares above 0 and at most 1"
-    else:
-        valid, form = all(is_whole(side) and side >= 1 for side in size), "numbers of pixels"
-    if style == "absolute_range":
-        valid, form = valid and list(size) == sorted(size), f"{form}, the smaller first"
-    if not valid or len(size) != 2:
-        raise ValueError(f"INPUT.CROP.SIZE is {size!r}; with INPUT.CROP.TYPE {style!r} it must be two {form}")
-    _require_shapely(cfg, "INPUT.CROP.ENABLED is True", "set INPUT.CROP.ENABLED False")
 
 
 def _require_shapely(cfg: CfgNode, reason: str, otherwise: str) -> None:
@@ -129,14 +80,3 @@ def _require_shapely(cfg: CfgNode, reason: str, otherwise: str) -> None:
             f"{reason}, and cropping masks needs the package shapely, which is not installed: "
             f"pip install shapely, or {otherwise}"
         )
-
-
-def _lsj_values(cfg: CfgNode) -> tuple[int, tuple[float, float]]:
-    size, scales = cfg.INPUT.LSJ.SIZE, cfg.INPUT.LSJ.SCALES
-    check_count("INPUT.LSJ.SIZE", size)
-    if len(scales) != 2 or not all(map(is_finite, scales)) or not 0 < scales[0] <= scales[1]:
-        raise ValueError(
-            f"INPUT.LSJ.SCALES is {scales!r}; it must be the smallest and the largest factor, both above 0, "
-            "such as (0.1, 2.0)"
-        )
-    return size, tuple(scales)

@@ -10,7 +10,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from .validation import CocoSummary, check_coco_json
+from .annotations import CocoSummary, check_coco_json
 
 logger = logging.getLogger(__name__)
 

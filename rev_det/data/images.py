@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from ..files import check_regular
+
+# For some other formats, such as EPS, Pillow runs programs.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # Pillow's modes of more than eight bits; converted to colours, all above 255 becomes white.
 _DEEP = ("I", "F")
 # Pixels of a side that a JPEG can have; matplotlib's limit is near.
 _MAX_SIDE = 65_500
+
+
+@contextlib.contextmanager
+def open_image(path: str) -> Iterator[Image.Image]:
+    """Open an image file in one of `FORMATS`, whatever its name is; pixels are not decoded yet.
+
+    Raises:
+        OSError: it cannot be opened, or is in none of these formats.
+        ValueError: it is no regular file.
+    """
+    check_regular(path)
+    with open(path, "rb") as file:
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError as error:
+            raise UnidentifiedImageError(f"cannot identify image file as {', '.join(FORMATS)}") from error
+        with image:
+            yield image
 
 
 def read_rgb(path: str) -> np.ndarray:
@@ -33,6 +56,23 @@ def read_rgb(path: str) -> np.ndarray:
         # Pillow appends the file object.
         reason = " ".join(str(error).partition("<_io.")[0].split())
         raise ValueError(reason or type(error).__name__) from error
+
+
+def check_head(path: str) -> None:
+    """From the head of an image file, whether it can be worked on.
+
+    Raises:
+        ValueError: it is too large, or its values do not fit eight bits; the message does not name the file.
+        OSError: it cannot be opened, or its head cannot be read.
+    """
+    with open_image(path) as image:
+        mode, (width, height) = image.mode, image.size
+    check_extent(height, width)
+    if mode.startswith(_DEEP):
+        raise ValueError(
+            f"its grey has more than 8 bits (mode {mode}), and all above 255 would be read as white; "
+            "convert it to 8 bits"
+        )
 
 
 def check_extent(height: int, width: int, shortest: int = 0, longest: int = 0) -> None:
@@ -78,20 +118,3 @@ def unusable_images(
         except ValueError as error:
             found.append((record["file_name"], str(error)))
     return found
-
-
-def check_head(path: str) -> None:
-    """From the head of an image file, whether it can be worked on.
-
-    Raises:
-        ValueError: it is too large, or its values do not fit eight bits; the message does not name the file.
-        OSError: it cannot be opened, or its head cannot be read.
-    """
-    with open(path, "rb") as file, Image.open(file) as image:
-        mode, (width, height) = image.mode, image.size
-    check_extent(height, width)
-    if mode.startswith(_DEEP):
-        raise ValueError(
-            f"its grey has more than 8 bits (mode {mode}), and all above 255 would be read as white; "
-            "convert it to 8 bits"
-        )

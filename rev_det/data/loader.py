@@ -10,11 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import multiprocessing
-import os
 import random
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +23,8 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..stopping import survive_signals, workers_held_back
+from .findings import printable
 from .images import unusable_images
 from .mapper import RevDatasetMapper
 
@@ -98,11 +96,11 @@ class TrainLoader:
             batch_sampler=itertools.islice(self._plan(), self._batches, None),
             num_workers=self._num_workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=_survive_signals,
+            worker_init_fn=survive_signals,
             # Otherwise it takes a number from torch's global generator, which a resumed run would not.
             generator=torch.Generator(),
         )
-        with _signals_held_back():
+        with workers_held_back():
             batches = iter(loader)
         for batch in batches:
             self._batches += 1
@@ -246,44 +244,6 @@ def _seeded(seed: int, position: int) -> Iterator[None]:
             np.random.set_state(before[1])
 
 
-@contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """While workers are started, which inherit it: they may take seconds to come to `_survive_signals`."""
-    if not hasattr(signal, "sigwaitinfo"):  # macOS: they would not let them through again
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _survive_signals(worker_id: int) -> None:
-    """In a worker: heed SIGTERM from the training process alone, and SIGUSR1 and SIGINT not at all.
-
-    Schedulers that stop a job send these to all of its processes, and so does a terminal for Ctrl-C. The
-    training process then still has a step to end and a checkpoint to write, and must not lose its workers in
-    the middle of that.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
-        return
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    # torch watches it as well, but only once a worker has started: if it is gone by then, the worker stays.
-    while parent.is_alive():
-        received = signal.sigtimedwait({signal.SIGTERM}, 1)
-        if received is not None and received.si_pid == parent.pid:
-            break
-    os._exit(0)
-
-
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable[list[Record]]:
     """Detectron2's test loader, without the images that `unusable_images` finds; these are named.
 
@@ -298,7 +258,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable[list[Record]]
     records = arguments["dataset"]
     if isinstance(records, list) and (left_out := dict(unusable_images(records, *sizes_of_tests(cfg)))):
         for path, reason in left_out.items():
-            logger.warning("%s is left out of the evaluation: %s", path, reason)
+            logger.warning("%s is left out of the evaluation: %s", printable(path), reason)
         records = [record for record in records if record["file_name"] not in left_out]
         if not records:
             raise ValueError(

@@ -10,8 +10,9 @@ from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
-from ..checks import check_choice
+from ..rules import check_choice
 from .augmentation import build_augmentations, crops_by_name
+from .findings import printable
 from .images import check_head, read_rgb
 
 if TYPE_CHECKING:
@@ -57,16 +58,16 @@ class RevDatasetMapper(DatasetMapper):
             ValueError: the image is missing, cannot be decoded, has more than eight bits, or cannot be
                 transformed.
         """
+        name = dataset_dict["file_name"]
         try:
-            check_head(dataset_dict["file_name"])
+            check_head(name)
             return super().__call__(dataset_dict)
         except Exception as error:
             # Decoders raise many types (OSError, SyntaxError, struct.error, …) that other code raises
             # too, so ask the image itself whether it is the cause.
-            if not _is_readable(dataset_dict["file_name"]):
-                raise _undecodable(dataset_dict, error) from error
-            if isinstance(error, ValueError) and dataset_dict["file_name"] not in str(error):
-                raise ValueError(f"image {dataset_dict['file_name']} cannot be used: {error}") from error
+            _read(dataset_dict)
+            if isinstance(error, ValueError) and name not in str(error):
+                raise ValueError(f"image {printable(name)} cannot be used: {error}") from error
             raise
 
     def check_readable(self, dataset_dict: dict[str, Any]) -> None:
@@ -76,11 +77,7 @@ class RevDatasetMapper(DatasetMapper):
             ValueError: the image is missing, cannot be decoded, has more than eight bits, or another size
                 than the entry says.
         """
-        try:
-            image = read_rgb(dataset_dict["file_name"])
-        except ValueError as error:
-            raise _undecodable(dataset_dict, error) from error
-        utils.check_image_size(dict(dataset_dict), image)
+        utils.check_image_size(dict(dataset_dict), _read(dataset_dict))
 
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: T.TransformList, image_shape: tuple[int, int]
@@ -96,11 +93,15 @@ class RevDatasetMapper(DatasetMapper):
         super()._transform_annotations(dataset_dict, transforms, image_shape)
 
 
-def _undecodable(dataset_dict: dict[str, Any], error: Exception) -> ValueError:
-    return ValueError(
-        f"image {dataset_dict['file_name']} (image_id {dataset_dict.get('image_id')}) cannot be "
-        f"decoded: {error}; replace the file, or remove the image from the annotations"
-    )
+def _read(dataset_dict: dict[str, Any]) -> np.ndarray:
+    name = dataset_dict["file_name"]
+    try:
+        return read_rgb(name)
+    except ValueError as error:
+        raise ValueError(
+            f"image {printable(name)} (image_id {dataset_dict.get('image_id')}) cannot be decoded: {error}; "
+            "replace the file, or remove the image from the annotations"
+        ) from error
 
 
 def _make_floating(anno: dict[str, Any]) -> None:
@@ -117,11 +118,3 @@ def _as_masks_see_it(transform: T.Transform) -> T.Transform:
     transform = copy.copy(transform)
     transform.seg_pad_value = 0
     return transform
-
-
-def _is_readable(file_name: str) -> bool:
-    try:
-        read_rgb(file_name)
-    except ValueError:
-        return False
-    return True

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..checks import check_choice
+from ..rules import check_choice
 from .coco import register_coco_json, registered_summary
+from .findings import first
 from .shapes import generate_shapes
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ logger = logging.getLogger(__name__)
 _DEFAULT_NUM_CLASSES = 80
 # The generated sets and their splits.
 _SHAPES = {"shapes_train": "train", "shapes_val": "val"}
-_FORM = "expected [[NAME, JSON, IMAGES], …], for example [['cats', 'train.json', 'images']]"
 
 
 def register_datasets(cfg: CfgNode) -> None:
@@ -163,16 +163,18 @@ def _require_registered(name: str) -> None:
 
 
 def _checked_entry(entry: object) -> tuple[str, str, str]:
-    if not isinstance(entry, list | tuple) or len(entry) != 3 or not all(isinstance(x, str) for x in entry):
-        raise ValueError(f"DATASETS.COCO_JSON has the entry {entry!r}; {_FORM}")
-    name, json_file, image_root = entry
-    if not (name and json_file and image_root):
-        raise ValueError(f"DATASETS.COCO_JSON has an empty text in the entry {entry!r}; {_FORM}")
-    if name in _SHAPES:
-        raise ValueError(f"DATASETS.COCO_JSON: the name '{name}' belongs to a generated set; choose another")
-    return name, json_file, image_root
+    form = isinstance(entry, list | tuple) and len(entry) == 3
+    if not form or not all(isinstance(text, str) and text for text in entry):
+        raise ValueError(
+            f"DATASETS.COCO_JSON has the entry {entry!r}; expected [[NAME, JSON, IMAGES], …], for example "
+            "[['cats', 'train.json', 'images']]"
+        )
+    if entry[0] in _SHAPES:
+        raise ValueError(
+            f"DATASETS.COCO_JSON: the name '{entry[0]}' belongs to a generated set; choose another"
+        )
+    return tuple(entry)
 
 
 def _listed(classes: Sequence[str]) -> str:
-    named = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
-    return f"{len(classes)} classes ({named})"
+    return f"{len(classes)} classes ({first(classes)})"

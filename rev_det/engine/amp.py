@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..checks import check_choice
 from ..devices import computes_in_bfloat16
+from ..rules import check_config
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
-
-_DTYPES = ("auto", "bf16", "fp16")
 
 
 def check_precision(cfg: CfgNode) -> None:
@@ -25,7 +23,7 @@ def check_precision(cfg: CfgNode) -> None:
     Raises:
         ValueError: the type is unknown, or the CPU does not have it.
     """
-    check_choice("SOLVER.AMP.DTYPE", cfg.SOLVER.AMP.DTYPE, _DTYPES)
+    check_config(cfg, "SOLVER.AMP.")
     on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "fp16" and on_cpu:
         raise ValueError(

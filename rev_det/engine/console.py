@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import io
 import logging
 import logging.handlers
 import os
@@ -96,20 +97,22 @@ def _start_files(cfg: CfgNode, args: argparse.Namespace, held: logging.handlers.
     told.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
     told.info("Environment info:\n%s", collect_env_info())
     told.info("Command line arguments: %s", args)
-    told.info("Contents of args.config_file=%s:\n%s", args.config_file, Path(args.config_file).read_text())
+    told.info(
+        "Contents of args.config_file=%s:\n%s", args.config_file, Path(args.config_file).read_text("utf-8")
+    )
     told.info("Running with full config:\n%s", cfg.dump())
     logger.info("Environment, config and model are described in %s", path)
 
 
 def _adapt(log: logging.Logger) -> None:
     for handler in log.handlers:
-        if getattr(handler, "stream", None) is sys.stdout:
-            handler.addFilter(_is_for_the_console)
+        stream = getattr(handler, "stream", None)
+        if stream is sys.stdout:
+            handler.addFilter(lambda record: not record.getMessage().startswith(_FOR_THE_FILE))
+        if isinstance(stream, io.TextIOWrapper):
+            # Names of files may have bytes that are no text.
+            stream.reconfigure(errors="backslashreplace")
         handler.handleError = functools.partial(_give_up, handler)
-
-
-def _is_for_the_console(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_FOR_THE_FILE)
 
 
 def _give_up(handler: logging.StreamHandler, record: logging.LogRecord) -> None:

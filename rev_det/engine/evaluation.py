@@ -57,7 +57,7 @@ def check_test_augmentation(cfg: CfgNode) -> None:
     """Find before the training what would stop `evaluate_with_augmentation` after it.
 
     Raises:
-        ValueError: Detectron2 has no test-time augmentation for this model, or there are no valid sizes.
+        ValueError: Detectron2 has no test-time augmentation for this model.
     """
     kind = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     if not (isinstance(kind, type) and issubclass(kind, GeneralizedRCNN)):
@@ -66,8 +66,6 @@ def check_test_augmentation(cfg: CfgNode) -> None:
         obstacle = "MODEL.KEYPOINT_ON is True"
     elif cfg.MODEL.LOAD_PROPOSALS:
         obstacle = "MODEL.LOAD_PROPOSALS is True"
-    elif min(cfg.TEST.AUG.MIN_SIZES, default=0) < 1:
-        obstacle = f"TEST.AUG.MIN_SIZES is {cfg.TEST.AUG.MIN_SIZES}; it needs short sides in pixels"
     else:
         return
     raise ValueError(f"no test-time augmentation: {obstacle}; set TEST.AUG.ENABLED to False")

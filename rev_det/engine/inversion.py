@@ -1,17 +1,27 @@
-"""A check, while training goes on, that activations are rebuilt as they were."""
+"""How exactly the inputs of reversible blocks are rebuilt: in training, or block by block."""
 
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 from detectron2.engine import HookBase
 from torch import Tensor
 
+from ..checkpoint import RevCheckpointer
 from ..modeling.backbone import ReversibleBackbone, Run
-from ..modeling.reversible import invert_blocks
+from ..modeling.reversible import invert_blocks, run_blocks
+from .build import build_detector
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
 
 logger = logging.getLogger(__name__)
+DEFINITION = (
+    "Error of the rebuilt streams relative to the true ones; each run of blocks is inverted from its end, in "
+    "the precision it was computed in. bfloat16: inside F and G, the streams are float32."
+)
 
 
 class InversionCheck(HookBase):
@@ -34,13 +44,13 @@ class InversionCheck(HookBase):
 
     def before_step(self) -> None:
         if self._is_due():
-            for backbone in self._backbones():
+            for backbone in _reversible(self.trainer.model):
                 backbone.observer = self._observe
 
     def after_step(self) -> None:
         if not self._is_due():
             return
-        for backbone in self._backbones():
+        for backbone in _reversible(self.trainer.model):
             backbone.observer = None
         errors = {name: error.item() for name, error in self._errors.items()}
         self._errors = {}
@@ -61,14 +71,74 @@ class InversionCheck(HookBase):
     def _is_due(self) -> bool:
         return self._period > 0 and (self.trainer.iter + 1) % self._period == 0
 
-    def _backbones(self) -> list[ReversibleBackbone]:
-        return [m for m in self.trainer.model.modules() if isinstance(m, ReversibleBackbone)]
-
     @torch.no_grad()
     def _observe(self, run: Run) -> None:
-        x1, x2 = invert_blocks(run.blocks, *run.y, *run.args, masks=run.masks)
-        error = torch.stack([(x1 - run.x).norm(), (x2 - run.x).norm()]).norm()
+        rebuilt = invert_blocks(run.blocks, *run.y, *run.args, masks=run.masks)
+        error = relative_error(rebuilt, (run.x, run.x))
         name = f"blocks.{run.first}-{run.first + len(run.blocks) - 1}"
         # Of several forward passes in one step the worst counts.
-        error = error / (run.x.norm() * 2**0.5)
         self._errors[name] = torch.maximum(error, self._errors.get(name, error))
+
+
+def relative_error(rebuilt: tuple[Tensor, Tensor], true: tuple[Tensor, Tensor]) -> Tensor:
+    """Norm of the difference of two streams from the true ones, over the norm of these; in float64."""
+    rebuilt, true = torch.stack(rebuilt).double(), torch.stack(true).double()
+    return (rebuilt - true).norm() / true.norm()
+
+
+def reversible_backbone(cfg: CfgNode) -> ReversibleBackbone:
+    """The reversible part of the config's detector, with ``MODEL.WEIGHTS`` if there are any.
+
+    Raises:
+        ValueError: the detector has none.
+    """
+    model = build_detector(cfg)
+    found = _reversible(model)
+    if not found:
+        raise ValueError(
+            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} is not reversible: nothing to invert"
+        )
+    if cfg.MODEL.WEIGHTS:
+        RevCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return found[0]
+
+
+@torch.no_grad()
+def block_errors(
+    backbone: ReversibleBackbone, images: Tensor, dtype: torch.dtype | None = None
+) -> list[dict[str, float]]:
+    """Run the backbone forward without drop path, then each of its runs backward, and compare.
+
+    Args:
+        backbone: RevViT or RevMViT; its mode is left as it was.
+        images: (B, in_chans, H, W) on the backbone's device.
+        dtype: what autocast computes F and G in, both ways; None for float32 without autocast.
+
+    Returns:
+        for each run of reversible blocks, by a block's name, the `relative_error` of its input streams when
+        all blocks from the run's end to this one were inverted; the first block first.
+    """
+    found: list[dict[str, float]] = []
+
+    def invert(run: Run) -> None:
+        true = [(run.x, run.x)]
+        for block in run.blocks[:-1]:
+            true.append(run_blocks([block], *true[-1], *run.args))
+        errors, streams = {}, run.y
+        for i, block in reversed(list(enumerate(run.blocks))):
+            streams = invert_blocks([block], *streams, *run.args)
+            errors[f"blocks.{run.first + i}"] = relative_error(streams, true[i]).item()
+        found.append(dict(reversed(errors.items())))
+
+    was_training, backbone.observer = backbone.training, invert
+    try:
+        with torch.autocast(images.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            backbone.eval()(images)
+    finally:
+        backbone.observer = None
+        backbone.train(was_training)
+    return found
+
+
+def _reversible(model: torch.nn.Module) -> list[ReversibleBackbone]:
+    return [m for m in model.modules() if isinstance(m, ReversibleBackbone)]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import platform
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from ..files import naming, read_json
+from ..files import naming
 
 NAME = "run.lock"
 
@@ -19,9 +20,9 @@ NAME = "run.lock"
 def locked(folder: str) -> Iterator[None]:
     """Keep other runs out of a folder, which is made if it is missing.
 
-    The lock is a file that says who made it. Locks of the operating system would not do: network disks may
-    have none that other machines see. What a killed run of this machine has left is recognised and replaced;
-    whether a run of another machine or container is alive cannot be seen from here.
+    The lock is one of the operating system's, of a file that says who has it: it ends with its process,
+    however that ends. Some network disks show such locks to one machine alone. So a file that another machine
+    has left counts as a lock as well: whether its run is alive cannot be seen from here.
 
     Args:
         folder: an ``OUTPUT_DIR``.
@@ -33,89 +34,74 @@ def locked(folder: str) -> Iterator[None]:
     made = not os.path.isdir(folder)
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, NAME)
-    own = _owner(os.getpid())
-    _take(path, own)
+    file = _take(path)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError, ValueError):
+        with file, contextlib.suppress(OSError):
             # Who has removed it by hand may have given the folder to another run.
-            if read_json(path) == own:
+            if _is_at(file, path):
                 os.unlink(path)
             if made:
                 os.rmdir(folder)  # where nothing was written
 
 
-def _take(path: str, own: dict[str, Any]) -> None:
+def _take(path: str) -> IO[str]:
+    own = {"pid": os.getpid(), "host": platform.node()}
     while True:
         try:
             # On network disks, too, only one machine succeeds.
-            file = open(path, "x", encoding="utf-8")
+            file, made = open(path, "x+", encoding="utf-8"), True
         except FileExistsError:
-            _remove_stale(path, own)
-            continue
+            try:
+                file, made = open(path, "r+", encoding="utf-8", errors="replace"), False
+            except FileNotFoundError:
+                continue  # its owner has just removed it
+        owner = None if made else _owner(file)
         try:
-            with naming(path), file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Others are of disks that have no locks.
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise _in_use(path, file, owner, "") from None
+        if not _is_at(file, path):
+            file.close()
+            continue
+        if not made and (owner is None or owner["host"] != own["host"]):
+            hint = f". If it does not run any more, which cannot be seen from here, remove {path}"
+            raise _in_use(path, file, owner, hint)
+        try:
+            with naming(path):
+                file.seek(0)
+                file.truncate()
                 json.dump(own, file)
+                file.flush()
         except OSError:
             os.unlink(path)
             raise
-        return
+        return file
 
 
-def _remove_stale(path: str, own: dict[str, Any]) -> None:
-    """Remove the lock of a run that has ended without doing so itself.
+def _owner(file: IO[str]) -> dict[str, Any] | None:
+    """Who has written it, if that can be told."""
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        owner = json.load(file)
+        return {"pid": owner["pid"], "host": owner["host"]} if "pid" in owner and "host" in owner else None
+    return None
 
-    Raises:
-        ValueError: the run is alive, or that cannot be told.
-    """
+
+def _is_at(file: IO[str], path: str) -> bool:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
-        return  # it has just ended
-    hint = f". If it does not run any more, which cannot be seen from here, remove {path}"
-    try:
-        owner = json.loads(text)
-        who = f"process {owner['pid']} on {owner['host']}"
-        here = owner["host"] == own["host"]
-        process = _owner(owner["pid"])
-        if here and owner["boot"] == own["boot"] and owner["container"] == own["container"]:
-            over = owner != process
-            hint = "" if process["started"] else hint
-        else:
-            over = here and owner["boot"] != own["boot"]
-    except (ValueError, TypeError, KeyError):
-        who, over = "a run that has not said which", False
-    if not over:
-        raise ValueError(
-            f"OUTPUT_DIR {os.path.dirname(path)} is in use by {who}: two runs would overwrite each other's "
-            "files. Wait for it, or set another OUTPUT_DIR; an evaluation needs one of its own, and "
-            "MODEL.WEIGHTS" + hint
-        )
-    # Of several that find it one removes it; and by now it may be the lock of a new run.
-    aside = f"{path}.{own['host']}.{own['pid']}"
-    with contextlib.suppress(OSError):
-        os.rename(path, aside)
-        if Path(aside).read_text(encoding="utf-8") != text:
-            os.link(aside, path)
-        os.unlink(aside)
+        return False
 
 
-def _owner(pid: int) -> dict[str, Any]:
-    """What tells a process from all others, as far as the system says it."""
-    # Behind the process's name, which may hold anything: the state is field 3, the start field 22.
-    state, *_, start = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()[:20] or ("", "")
-    return {
-        "pid": pid,
-        "host": platform.node(),
-        "boot": _read("/proc/sys/kernel/random/boot_id").strip(),
-        "container": os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else "",
-        "started": "" if state in "ZX" else start,
-    }
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+def _in_use(path: str, file: IO[str], owner: dict[str, Any] | None, hint: str) -> ValueError:
+    file.close()
+    who = f"process {owner['pid']} on {owner['host']}" if owner else "a run that has not said which"
+    return ValueError(
+        f"OUTPUT_DIR {os.path.dirname(path)} is in use by {who}: two runs would overwrite each other's "
+        "files. Wait for it, or set another OUTPUT_DIR; an evaluation needs one of its own, and MODEL.WEIGHTS"
+        + hint
+    )

@@ -9,8 +9,8 @@ import os
 
 from detectron2.utils.events import EventWriter, JSONWriter
 
-from ..checks import is_whole
 from ..files import naming
+from ..rules import is_whole
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from detectron2.solver.build import reduce_param_groups
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 
-from ..checks import check_choice
+from ..rules import check_config
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -37,9 +37,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         ValueError: the optimizer is unknown, or nothing in the model is trainable.
     """
     solver = cfg.SOLVER
+    check_config(cfg, "SOLVER.OPTIMIZER")
     groups = param_groups(cfg, model)
     check_param_groups(model, groups)
-    check_choice("SOLVER.OPTIMIZER", solver.OPTIMIZER, ("AdamW", "SGD"))
     # What torch takes on CUDA by itself makes a copy of all parameters in every step.
     on_cuda = all(parameter.is_cuda for group in groups for parameter in group["params"])
     shared = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "fused": on_cuda or None}
@@ -70,12 +70,8 @@ def param_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
         cfg: a config with rev_det's keys.
         model: the model to train.
     """
-    solver = cfg.SOLVER
-    decay = solver.LAYER_DECAY
-    if not 0 < decay <= 1:
-        raise ValueError(
-            f"SOLVER.LAYER_DECAY is {decay}; it must be above 0 and at most 1, which is no decay"
-        )
+    check_config(cfg, "SOLVER.LAYER_DECAY")
+    solver, decay = cfg.SOLVER, cfg.SOLVER.LAYER_DECAY
     groups = get_default_optimizer_params(
         model,
         base_lr=solver.BASE_LR,
@@ -143,13 +139,12 @@ def check_param_groups(model: nn.Module, groups: Sequence[dict[str, Any]]) -> No
         "in more than one group": {key for key, count in counts.items() if count > 1},
         "not trainable parameters of this model": set(counts) - trainable,
     }
-    found = [
-        f"{', '.join(sorted(names.get(key, 'unknown') for key in keys))}: {problem}"
-        for problem, keys in problems.items()
-        if keys
-    ]
-    if found:
-        raise ValueError(f"optimizer groups must hold each trainable parameter once, but {'; '.join(found)}")
+    for problem, keys in problems.items():
+        if keys:
+            found = ", ".join(sorted(names.get(key, "unknown") for key in keys))
+            raise ValueError(
+                f"optimizer groups must hold each trainable parameter once, but {found}: {problem}"
+            )
 
 
 def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
@@ -168,31 +163,24 @@ def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
     Raises:
         ValueError: ``CLIP_TYPE`` is unknown.
     """
+    check_config(cfg, "SOLVER.CLIP_GRADIENTS.")
     clip = cfg.SOLVER.CLIP_GRADIENTS
     value, norm_type = clip.CLIP_VALUE, clip.NORM_TYPE
-
-    def full_model(parameters: Sequence[nn.Parameter]) -> Tensor:
-        return clip_grad_norm_(parameters, value, norm_type)
-
-    def norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-        total = total_norm(parameters)
-        for parameter in parameters:
-            clip_grad_norm_(parameter, value, norm_type)
-        return total
-
-    def clamp(parameters: Sequence[nn.Parameter]) -> Tensor:
-        total = total_norm(parameters)
-        clip_grad_value_(parameters, value)
-        return total
-
     if not clip.ENABLED:
         return total_norm
-    clippers = {"full_model": full_model, "norm": norm, "value": clamp}
-    if clip.CLIP_TYPE not in clippers:
-        raise ValueError(
-            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clip.CLIP_TYPE!r}; allowed are {', '.join(clippers)}"
-        )
-    return clippers[clip.CLIP_TYPE]
+    if clip.CLIP_TYPE == "full_model":
+        return lambda parameters: clip_grad_norm_(parameters, value, norm_type)
+
+    def clip_parts(parameters: Sequence[nn.Parameter]) -> Tensor:
+        total = total_norm(parameters)
+        if clip.CLIP_TYPE == "value":
+            clip_grad_value_(parameters, value)
+        else:
+            for parameter in parameters:
+                clip_grad_norm_(parameter, value, norm_type)
+        return total
+
+    return clip_parts
 
 
 def total_norm(parameters: Sequence[nn.Parameter]) -> Tensor:

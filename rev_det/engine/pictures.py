@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
-import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import inference_context
+from detectron2.utils.visualizer import Visualizer
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import nn
 
 from ..data import RevDatasetMapper
+from ..data.contact_sheet import draw_tile, write_sheet
+from ..data.findings import printable
 from ..data.images import read_rgb
-from ..data.view import TILE, tile_visualizer
 from ..files import write_whole
 from .amp import Precision
 from .metrics import read_metrics
@@ -49,7 +47,8 @@ def draw_curves(metrics_path: str, path: str) -> None:
     names = sorted({name for record in records for name in record})
     inversion = [name for name in names if name.startswith("inversion_error/")]
     panels = 4 if inversion else 3
-    figure = _figure(5 * panels, 4.8)
+    # Outside pyplot's global state, which other code may be using.
+    figure = Figure((5 * panels, 4.8), layout="constrained")
     losses, rate, precision, *rest = figure.subplots(1, panels)
 
     for name in (name for name in names if name.startswith("loss")):
@@ -80,7 +79,6 @@ def draw_curves(metrics_path: str, path: str) -> None:
     write_whole(path, lambda part: figure.savefig(part, dpi=100))
 
 
-@matplotlib.rc_context({"text.parse_math": False})  # names of classes may have dollar signs
 def draw_predictions(
     cfg: CfgNode, model: nn.Module, dataset_name: str, path: str, num_images: int = 8, min_score: float = 0.5
 ) -> bool:
@@ -105,24 +103,24 @@ def draw_predictions(
     for record in records[:num_images]:
         try:
             image = read_rgb(record["file_name"])
-            truth, predicted = (tile_visualizer(image, metadata) for _ in range(2))
+            truth = draw_tile(image, metadata, Visualizer.draw_dataset_dict, record)
             inputs = mapper(record)
         except ValueError as error:
-            logger.warning("%s is left out of %s: %s", record["file_name"], path, error)
+            logger.warning("%s is left out of %s: %s", printable(record["file_name"]), path, error)
             continue
         with inference_context(model), torch.inference_mode(), Precision.from_config(cfg).autocast():
             results = model([inputs])[0]
         if "instances" not in results:
             logger.info("A %s finds no instances to draw", cfg.MODEL.META_ARCHITECTURE)
             return False
-        instances = results["instances"].to("cpu")
-        tiles += [
-            truth.draw_dataset_dict(record).get_image(),
-            predicted.draw_instance_predictions(instances[instances.scores >= min_score]).get_image(),
-        ]
+        found = results["instances"].to("cpu")
+        predicted = draw_tile(
+            image, metadata, Visualizer.draw_instance_predictions, found[found.scores >= min_score]
+        )
+        tiles += [truth, predicted]
     if tiles:
-        titles = ("ground truth", f"predictions, score >= {min_score:g}")
-        write_whole(path, lambda part: _sheet(tiles, titles, part))
+        titles = ["ground truth", f"predictions, score >= {min_score:g}"] * min(2, len(tiles) // 2)
+        write_whole(path, lambda part: write_sheet(part, tiles, titles))
     return bool(tiles)
 
 
@@ -130,25 +128,3 @@ def _plot(axes: Axes, records: Sequence[dict[str, float]], name: str, label: str
     points = [(record["iteration"], record[name]) for record in records if name in record]
     if points:
         axes.plot(*zip(*points, strict=True), label=label or name, **style)
-
-
-def _sheet(tiles: Sequence[np.ndarray], titles: tuple[str, str], path: str) -> None:
-    """Lay out pairs of tiles (H, W, 3) in two columns of pairs, one if there is a single pair."""
-    columns = min(4, len(tiles))
-    rows = math.ceil(len(tiles) / columns)
-    figure = _figure(4 * columns, 4 * rows)
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for index, axes in enumerate(grid):
-        axes.axis("off")
-        if index < len(tiles):
-            axes.imshow(tiles[index])
-            if index < columns:
-                axes.set_title(titles[index % 2])
-    figure.savefig(path, dpi=TILE // 4)
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure (inches) outside pyplot's global state, which other code may be using."""
-    figure = Figure((width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

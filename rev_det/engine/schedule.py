@@ -7,8 +7,7 @@ import math
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-import torch
-from detectron2.solver import build_lr_scheduler
+from ..rules import check_config, value_of
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -18,9 +17,8 @@ logger = logging.getLogger(__name__)
 _LR_SCALING = {"sqrt": math.sqrt, "linear": lambda factor: factor, "none": lambda factor: 1.0}
 # Counted in iterations; with smaller batches the same images take more of them. CHECKPOINT_PERIOD stays: it
 # bounds what an interruption may cost, which is time and not images.
+_RATES = ("SOLVER.BASE_LR", "SOLVER.BASE_LR_END")
 _ITERATIONS = ("SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS", "TEST.EVAL_PERIOD")
-# Of SOLVER.BASE_LR: with a learning rate that stays below, a run is another one than was asked for.
-_ENOUGH = 0.5
 
 
 def rescale_schedule(cfg: CfgNode, fixed: Collection[str] = ()) -> dict[str, tuple[Any, Any]]:
@@ -43,17 +41,11 @@ def rescale_schedule(cfg: CfgNode, fixed: Collection[str] = ()) -> dict[str, tup
         ValueError: ``SOLVER.LR_SCALING`` is unknown, a batch size is not positive, or Detectron2's own
             ``SOLVER.REFERENCE_WORLD_SIZE`` would rescale once more.
     """
+    check_config(cfg, "SOLVER.LR_SCALING", "SOLVER.REFERENCE_IMS_PER_BATCH", "SOLVER.IMS_PER_BATCH")
     solver = cfg.SOLVER
-    if solver.LR_SCALING not in _LR_SCALING:
-        raise ValueError(f"SOLVER.LR_SCALING is {solver.LR_SCALING!r}; allowed are {', '.join(_LR_SCALING)}")
     reference, batch = solver.REFERENCE_IMS_PER_BATCH, solver.IMS_PER_BATCH
     if reference == 0:
         return {}
-    if reference < 0 or batch < 1:
-        raise ValueError(
-            f"SOLVER.REFERENCE_IMS_PER_BATCH is {reference} and SOLVER.IMS_PER_BATCH {batch}; the first must "
-            "be at least 0 (no rescaling), the second at least 1"
-        )
     if solver.REFERENCE_WORLD_SIZE:
         raise ValueError(
             f"SOLVER.REFERENCE_IMS_PER_BATCH is {reference} and SOLVER.REFERENCE_WORLD_SIZE "
@@ -64,14 +56,12 @@ def rescale_schedule(cfg: CfgNode, fixed: Collection[str] = ()) -> dict[str, tup
     if factor == 1:
         return {}
     rate = _LR_SCALING[solver.LR_SCALING](factor)
-    new: dict[str, Any] = {key: _get(cfg, key) * rate for key in ("SOLVER.BASE_LR", "SOLVER.BASE_LR_END")}
-    for key in () if "SOLVER.MAX_ITER" in fixed else _ITERATIONS:
-        value = _get(cfg, key)
-        new[key] = (
-            tuple(_stretch(v, factor) for v in value) if key.endswith("STEPS") else _stretch(value, factor)
-        )
-    changes = {key: (_get(cfg, key), value) for key, value in new.items() if key not in fixed}
-    changes = {key: (before, after) for key, (before, after) in changes.items() if before != after}
+    changes: dict[str, tuple[Any, Any]] = {}
+    for key in (*_RATES, *(() if "SOLVER.MAX_ITER" in fixed else _ITERATIONS)):
+        before = value_of(cfg, key)
+        after = before * rate if key in _RATES else _stretch(before, factor)
+        if key not in fixed and before != after:
+            changes[key] = before, after
     cfg.merge_from_list([word for key, (_, after) in changes.items() for word in (key, after)])
     if changes:
         logger.info(
@@ -85,51 +75,30 @@ def rescale_schedule(cfg: CfgNode, fixed: Collection[str] = ()) -> dict[str, tup
 
 
 def warn_of_long_warmup(cfg: CfgNode) -> None:
-    """Say so if the learning rate stays below half of ``SOLVER.BASE_LR``: it falls while it is warmed up.
+    """Say so if the learning rate is warmed up until it falls, so that it does not reach ``SOLVER.BASE_LR``.
 
-    Args:
-        cfg: a config whose scheduler can be built.
+    It falls at the first of ``SOLVER.STEPS``, and along a cosine to one half in the middle of the schedule.
     """
     solver = cfg.SOLVER
-    reached = _highest_multiplier(cfg)
-    if reached < _ENOUGH:
-        ends = [solver.MAX_ITER, *(solver.STEPS[:1] if "MultiStep" in solver.LR_SCHEDULER_NAME else ())]
+    steps = solver.STEPS[:1] if "MultiStep" in solver.LR_SCHEDULER_NAME else (solver.MAX_ITER // 2,)
+    falls = max(1, min(*steps, solver.MAX_ITER, solver.MAX_ITER))
+    if solver.WARMUP_ITERS >= falls:
         logger.warning(
-            "SOLVER.WARMUP_ITERS is %d, too long for this schedule of %d iterations: the learning rate will "
-            "not exceed %.0f %% of SOLVER.BASE_LR. Set a shorter warm-up, such as SOLVER.WARMUP_ITERS %d",
+            "SOLVER.WARMUP_ITERS is %d, too long for this schedule of %d iterations: the learning rate falls "
+            "from iteration %d on, and will not reach SOLVER.BASE_LR. Set a shorter warm-up, such as "
+            "SOLVER.WARMUP_ITERS %d",
             solver.WARMUP_ITERS,
             solver.MAX_ITER,
-            100 * reached,
-            min(ends) // 10,
+            falls,
+            falls // 10,
         )
 
 
-def _highest_multiplier(cfg: CfgNode) -> float:
-    """The largest factor by which the scheduler multiplies learning rates, at about a thousand iterations."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    last = cfg.SOLVER.MAX_ITER - 1
-    # Detectron2 leaves out later steps, and says so where it trains.
-    cfg.SOLVER.STEPS = tuple(step for step in cfg.SOLVER.STEPS if step <= last)
-    scheduler = build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], lr=1.0))
-    # The end of the warm-up is the highest point of nearly every schedule.
-    iterations = {*range(0, last + 1, 1 + last // 1000), min(cfg.SOLVER.WARMUP_ITERS, last)}
-    rates = []
-    for iteration in iterations:
-        scheduler.last_epoch = iteration
-        rates += scheduler.get_lr()
-    return max(rates)
-
-
-def _stretch(iterations: int, factor: float) -> int:
-    """0, and for Detectron2 what is below it, means never."""
+def _stretch(iterations: Any, factor: float) -> Any:
+    if isinstance(iterations, tuple | list):
+        return tuple(_stretch(i, factor) for i in iterations)
+    # 0, and for Detectron2 what is below it, means never.
     return max(1, round(iterations / factor)) if iterations > 0 else iterations
-
-
-def _get(cfg: CfgNode, key: str) -> Any:
-    for name in key.split("."):
-        cfg = cfg[name]
-    return cfg
 
 
 def _text(value: Any) -> str:

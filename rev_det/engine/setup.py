@@ -1,45 +1,24 @@
-"""From a command line to a complete, checked config: everything that can be wrong is found here."""
+"""From a command line to a complete config with checked values."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
-import itertools
 import logging
-import operator
-import os
 import re
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from detectron2.engine import default_argument_parser
-from detectron2.solver import build_lr_scheduler
 
 # Importing rev_det.modeling registers the backbones.
 from .. import modeling  # noqa: F401
-from ..checkpoint import RevCheckpointer
-from ..config_files import config_keys, default_config, read_config_file, unknown_key
+from ..config_files import read_config_file
 from ..data import parse_dataset_argument, register_datasets, resolve_mask_format, resolve_num_classes
 from ..devices import check_device
+from ..rules import check_config
 from .amp import check_precision
-from .build import build_detector, explained
-from .checks import (
-    check_dataset_files,
-    check_datasets_named,
-    check_extents,
-    check_images,
-    check_output,
-    check_pixels,
-    check_processes,
-    check_proposals,
-    check_solver,
-    check_training_data,
-)
-from .evaluation import check_test_augmentation
-from .optimizer import build_gradient_clipper, build_optimizer
-from .schedule import rescale_schedule, warn_of_long_warmup
+from .schedule import rescale_schedule
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -96,14 +75,23 @@ def load_config(
         FileNotFoundError: the config, annotations or images do not exist.
         ValueError: a key does not exist, a value or a dataset is not valid, or there are too few GPUs.
     """
-    cfg = _read(config_file, opts)
+    if not config_file:
+        raise ValueError(
+            "--config-file is missing; the configs are below configs/, or name a model of the zoo"
+        )
+    cfg = read_config_file(config_file, opts)
+    check_config(cfg, "INPUT.", "MODEL.", "TEST.", "DATASETS.PROPOSAL_FILES_TEST", "SOLVER.LR_SCALING")
     if not eval_only:
-        check_solver(cfg)
-    check_pixels(cfg)
-    check_proposals(cfg)
+        check_config(cfg, "SOLVER.", "DATALOADER.", "DATASETS.")
     rescale_schedule(cfg, fixed=opts[::2])
     entries = [parse_dataset_argument(text) for text in datasets]
-    check_datasets_named(cfg, [name for name, *_ in entries], eval_only)
+    for name, *_ in entries:
+        # Without it a run would be one on other data.
+        if name not in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+            raise ValueError(
+                f"--dataset '{name}' is in neither DATASETS.TRAIN nor DATASETS.TEST; "
+                f"add DATASETS.{'TEST' if eval_only else 'TRAIN'} \"('{name}',)\""
+            )
     cfg.DATASETS.COCO_JSON = [*cfg.DATASETS.COCO_JSON, *entries]
     train = cfg.DATASETS.TRAIN
     if eval_only:
@@ -116,131 +104,6 @@ def load_config(
     cfg.DATASETS.TRAIN = train
     cfg.freeze()
     return cfg
-
-
-def check_run(cfg: CfgNode, args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Find what would stop a run, before anything is written.
-
-    Builds the model once, on the CPU, loads its weights, and drops it. Of the images that `load_config` has
-    registered it reads a few.
-
-    Args:
-        cfg: as `load_config` returns it.
-        args: of `argument_parser`.
-
-    Returns:
-        path and reason of test images that an evaluation will leave out.
-
-    Raises:
-        FileNotFoundError: weights or a dataset do not exist.
-        ValueError: a value is not allowed, a part cannot be built, weights do not fit, an image cannot be
-            decoded, or arguments and config do not go together.
-    """
-    check_processes(cfg, args)
-    check_output(cfg)
-    check_dataset_files("DATASETS.TEST", cfg.DATASETS.TEST)
-    if args.eval_only and not cfg.DATASETS.TEST:
-        raise ValueError("--eval-only: DATASETS.TEST is empty, there is nothing to evaluate on")
-    if not args.eval_only:
-        check_training_data(cfg)
-    if args.eval_only and cfg.TEST.AUG.ENABLED:
-        check_test_augmentation(cfg)
-    with _silence():
-        check_images(cfg, args.eval_only)
-        _build_once(cfg, args)
-    if not args.eval_only:
-        warn_of_long_warmup(cfg)
-    return check_extents(cfg, args.eval_only)
-
-
-def _build_once(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Build the parts of a run that a config can get wrong, load its weights, and drop it all."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    model = build_detector(cfg)
-    if not args.eval_only:
-        with explained():
-            build_lr_scheduler(cfg, build_optimizer(cfg, model))
-            build_gradient_clipper(cfg)
-    checkpointer = RevCheckpointer.of_run(cfg, model, evaluation=args.eval_only)
-    if not (args.resume and checkpointer.has_checkpoint()):
-        checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """No log from what the run itself will do, and log, again."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _read(config_file: str, opts: Sequence[str]) -> CfgNode:
-    if not config_file:
-        raise ValueError(
-            "--config-file is missing; the configs are below configs/, or name a model of the zoo"
-        )
-    if not os.path.isfile(config_file):
-        raise FileNotFoundError(f"--config-file {config_file} does not exist")
-    misplaced = [word for word in opts if word.startswith("--")]
-    if misplaced:
-        raise ValueError(
-            f"{misplaced[0]} comes after the first KEY VALUE pair; options come before all of them"
-        )
-    defaults = default_config()
-    known = set(config_keys(defaults))
-    if len(opts) % 2:
-        raise ValueError(_not_in_pairs(opts, known))
-    for key in opts[::2]:
-        if key not in known:
-            raise ValueError(unknown_key(key, known))
-    cfg = read_config_file(config_file)
-    for key, text in zip(opts[::2], opts[1::2], strict=True):
-        try:
-            cfg.merge_from_list([key, text])
-        except ValueError as error:
-            raise ValueError(_wrong_type(cfg, key, text)) from error
-    for key in known:
-        # yacs lets None pass for any value; for a number, WEIGHT_DECAY_BIAS, it has a meaning.
-        if _get(cfg, key) is None and not isinstance(_get(defaults, key), float | None):
-            raise ValueError(_wrong_type(defaults, key, "None"))
-    return cfg
-
-
-def _wrong_type(cfg: CfgNode, key: str, text: str) -> str:
-    value = _get(cfg, key)
-    if isinstance(value, type(cfg)):
-        return f"{key} holds other keys, such as {key}.{next(iter(value))}; set one of those"
-    problem = f"{key} must be of type {type(value).__name__}, such as {value!r}; got {text!r}"
-    if isinstance(value, tuple | list):
-        return f'{problem}. On a command line, in quotes: {key} "{_as_sequence(value, text)!r}"'
-    return problem
-
-
-def _as_sequence(value: Sequence, text: str) -> Sequence:
-    """What ``text``, which is no sequence, was probably meant to be; if nobody can tell, ``value``."""
-    words = re.findall(r"[^\s,'\"()\[\]]+", text)
-    with contextlib.suppress(ValueError):
-        # Of values as a config has them: numbers where there are numbers.
-        kind = type(value[0]) if value else str
-        if words and text != "None" and kind in (int, float, str):
-            return type(value)(map(kind, words))
-    return value
-
-
-def _not_in_pairs(opts: Sequence[str], known: set[str]) -> str:
-    pairs = itertools.zip_longest(opts[::2], opts[1::2])
-    key = next((key for key, value in pairs if key in known and (value is None or value in known)), None)
-    if key:
-        return f"{key} has no value: config keys and values must alternate"
-    return f"config keys and values must alternate, but {len(opts)} words are given: {' '.join(opts)}"
-
-
-def _get(cfg: CfgNode, key: str) -> Any:
-    return functools.reduce(operator.getitem, key.split("."), cfg)
 
 
 def _settle_device(cfg: CfgNode, num_gpus: int) -> None:

@@ -22,16 +22,16 @@ from ..checkpoint import RevCheckpointer
 from ..data import RevCOCOEvaluator, TrainLoader, build_test_loader, build_train_loader
 from ..devices import device_settings
 from ..files import DISK_ERRORS, UnwritableError, write_json
+from ..stopping import StopRequest
 from .amp import Precision
 from .build import build_detector
-from .checkpoints import Checkpoints, Evaluation, unwritable
 from .evaluation import evaluate_with_augmentation, evaluating
-from .hooks import Curves, PeakMemory, Predictions, Throughput
-from .interruption import StopRequest
+from .hooks import Progress, Summary, show_predictions
 from .inversion import InversionCheck
 from .metrics import MetricsWriter
 from .optimizer import build_gradient_clipper, build_optimizer
-from .summary import Summary
+from .processes import under_torchrun
+from .saving import EvaluateSaved, SaveState, StopWhenAsked, unwritable
 from .train_step import NonFiniteError, TrainStep
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Trainer(DefaultTrainer):
                 cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE,
             )
         model = wrap_model(model, cfg)
-        self.stop_request = StopRequest()
+        self.stop_request = StopRequest(second_ends=not under_torchrun())
         self._trainer = TrainStep(
             model,
             data_loader,
@@ -163,7 +163,7 @@ class Trainer(DefaultTrainer):
             OSError: something cannot be written, for instance because the disk is full.
         """
         # Hooks of a subclass may be others: who cannot stop in order must not be deaf to being stopped.
-        can_stop = any(isinstance(hook, Checkpoints) for hook in self._hooks)
+        can_stop = any(isinstance(hook, StopWhenAsked) for hook in self._hooks)
         os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
         try:
             with (
@@ -195,24 +195,22 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, of which saving and evaluating are this project's; summary and pictures when
         everything else is done."""
-        cfg, is_main = self.cfg, comm.is_main_process()
-        checkpoints = Checkpoints(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_KEEP)
-        evaluation = Evaluation(
-            cfg.TEST.EVAL_PERIOD, self._evaluate_for_hook, checkpoints, cfg.TEST.BEST_METRIC
+        cfg = self.cfg
+        saving = SaveState(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_KEEP)
+        evaluation = EvaluateSaved(
+            cfg.TEST.EVAL_PERIOD, self._evaluate_for_hook, saving, cfg.TEST.BEST_METRIC
         )
         replaced = (hooks.PeriodicCheckpointer, hooks.EvalHook)
         defaults = [h for h in super().build_hooks() if h is not None and not isinstance(h, replaced)]
         writers = [hook for hook in defaults if isinstance(hook, hooks.PeriodicWriter)]
         return [
             *(hook for hook in defaults if hook not in writers),
-            PeakMemory(),
-            Throughput(cfg.SOLVER.IMS_PER_BATCH),
+            Progress(),
             InversionCheck(cfg.MODEL.REV.INVERSION_PERIOD, cfg.MODEL.REV.INVERSION_THRESHOLD),
-            checkpoints,
+            saving,
+            StopWhenAsked(),
             evaluation,
-            *([Predictions(cfg.TEST.EVAL_PERIOD)] if is_main and cfg.DATASETS.TEST else []),
             *writers,
-            *([Curves()] if is_main else []),
             Summary(evaluation),
         ]
 
@@ -225,6 +223,8 @@ class Trainer(DefaultTrainer):
     def _evaluate_for_hook(self) -> dict[str, Any]:
         # DefaultTrainer compares these with TEST.EXPECTED_RESULTS after training.
         self._last_eval_results = self.test(self.cfg, self.model)
+        if comm.is_main_process() and self.cfg.DATASETS.TEST:
+            show_predictions(self)
         return self._last_eval_results
 
     def _save_last_good(self, error: NonFiniteError) -> str:

@@ -12,7 +12,7 @@ from detectron2.modeling.backbone.utils import PatchEmbed, get_abs_pos
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..checks import check_count, is_whole
+from ..rules import check_count, is_whole
 from .checks import check_blocks, check_patches
 from .fusion import ScaleNorm
 from .layers import drop_path_masks

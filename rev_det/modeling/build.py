@@ -11,8 +11,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, SimpleFeatureP
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_count
 from ..config import add_rev_det_config
+from ..rules import check_config
 from .backbone import FeatureShapes, pad_to_multiple
 from .rev_mvit import RevMViT
 from .rev_vit import RevViT
@@ -259,10 +259,8 @@ def simple_pyramid(
 
 
 def _check_pyramid(cfg: CfgNode) -> None:
-    node = cfg.MODEL.FPN
-    check_count("MODEL.FPN.OUT_CHANNELS", node.OUT_CHANNELS)
-    _check_norm(cfg, node.OUT_CHANNELS, "MODEL.FPN.OUT_CHANNELS")
-    check_choice("MODEL.FPN.FUSE_TYPE", node.FUSE_TYPE, ("sum", "avg"))
+    check_config(cfg, "MODEL.FPN.")
+    _check_norm(cfg, cfg.MODEL.FPN.OUT_CHANNELS, "MODEL.FPN.OUT_CHANNELS")
 
 
 def _check_norm(cfg: CfgNode, channels: int, key: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..checks import check_count, check_pair, is_finite
+from ..rules import check_count, check_pair, is_finite
 
 
 def check_blocks(embed_dim: Any, depth: Any, num_heads: Any, mlp_ratio: Any, drop_path_rate: Any) -> None:

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .backbone import pad_to_multiple
+from .build import RevFPN
 from .derived import Methods, derived, give_methods
 from .kept_attention import attention, autocast_dtype, to_autocast_dtype
 from .layers import parts_along
@@ -335,7 +337,7 @@ class RecomputedRoILayers(_LessMemory):
     def layers(self, x: Tensor) -> Tensor:
         if not _trains():
             return super().layers(x)
-        return recompute(super().layers, x, parts=parts_along(0, x, 4 * x.numel()), modules=[self])
+        return recompute(super().layers, x, parts=parts_along(0, x, 16 * x.numel()), modules=[self])
 
 
 class RecomputedRPNHead(_LessMemory):
@@ -365,8 +367,9 @@ class RecomputedFPN(_LessMemory):
         for i, (name, lateral, output) in enumerate(
             zip(names, self.lateral_convs, self.output_convs, strict=True)
         ):
-            merge, convolve = (partial(self.merge, lateral), [lateral]), (output, [output])
-            if i < len(names) - 1:
+            last, convolve = i == len(names) - 1, (output, [output])
+            merge = partial(self.merge, lateral, last), [lateral]
+            if not last:
                 above, y = recompute_each(merge, [(_same, []), convolve], bottom_up[name], above)
             else:
                 (y,) = recompute_each(merge, [convolve], bottom_up[name], above)
@@ -378,12 +381,22 @@ class RecomputedFPN(_LessMemory):
             )
         return dict(zip(self._out_features, results, strict=True))
 
-    def merge(self, lateral: nn.Module, x: Tensor, above: Tensor | None) -> Tensor:
+    def merge(self, lateral: nn.Module, last: bool, x: Tensor, above: Tensor | None) -> Tensor:
+        """The sum of a level; the last, which a convolution alone reads, in the type that this reads."""
         y = lateral(x)
-        if above is None:
-            return y
-        y = y + functional.interpolate(above, scale_factor=2.0, mode="nearest")
-        return y / 2 if self._fuse_type == "avg" else y
+        if above is not None:
+            # In place of what nobody else reads; autocast upsamples in float32, and so is the sum.
+            upsampled = functional.interpolate(above, scale_factor=2.0, mode="nearest")
+            y = upsampled.add_(y) if upsampled.dtype == torch.promote_types(y.dtype, upsampled.dtype) else y + upsampled
+            y = y / 2 if self._fuse_type == "avg" else y
+        return to_autocast_dtype(y) if last else y
+
+
+class RecomputedRevFPN(RecomputedFPN):
+    """For our FPN, which takes images of any size."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return super().forward(pad_to_multiple(x, self._size_divisibility))
 
 
 def _same(x: Tensor) -> Tensor:
@@ -399,6 +412,7 @@ _TABLE: Mapping[type, type[_LessMemory]] = {
     swin.SwinTransformerBlock: RecomputedSwinBlock,
     swin.PatchMerging: Recomputed,
     FPN: RecomputedFPN,
+    RevFPN: RecomputedRevFPN,
     StandardRPNHead: RecomputedRPNHead,
     FastRCNNConvFCHead: RecomputedRoIs,
     MaskRCNNConvUpsampleHead: RecomputedRoILayers,

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count, check_pair, is_whole
+from ..rules import check_count, check_pair, is_whole
 from .attention import MultiHeadPoolingAttention
 from .backbone import TRANSITIONS, ReversibleBackbone, to_feature_map
 from .fusion import ScaleNorm, build_fusion

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..checks import check_count
+from ..rules import check_count
 from .attention import MultiHeadAttention
 from .backbone import ReversibleBackbone, pad_to_multiple, to_feature_map
 from .fusion import ScaleNorm

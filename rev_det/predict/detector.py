@@ -1,39 +1,50 @@
-"""A trained detector, ready to predict: from a training run's folder, or from a config and weights."""
+"""A trained detector, from a training run's folder or a config and weights, and the loop that predicts."""
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from detectron2.data import transforms as T
+from detectron2.data.catalog import Metadata
 from detectron2.structures import Instances
 from torch import nn
 
-from ..analysis.cases import read_config
 from ..checkpoint import RevCheckpointer
 from ..checkpoint.checkpointer import last_checkpoint
 from ..checkpoint.named import PUBLISHED
 from ..checkpoint.origin import classes_of_origin
-from ..checks import is_out_of_memory
-from ..config_files import find_config_file, read_config_file
+from ..config_files import read_config_file
 from ..data.images import check_extent
-from ..devices import check_device, device_settings
-from ..engine import Precision, build_detector
-from .classes import Classes, classes_from_json, classes_of_config, files_of_config, training_folder
+from ..devices import check_device, device_settings, is_out_of_memory
+from ..engine import Precision, build_detector, load_config
+from ..model_zoo import find_config_file
+from ..rules import check_choice
+from .classes import classes_of_config, classes_of_json, named_classes
+from .inputs import Frame, Source, read_frames
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
+
+    from .output import PredictionWriter
 
 logger = logging.getLogger(__name__)
 
 # Detectron2's default, which cannot be told from an explicit 80.
 _DEFAULT_NUM_CLASSES = 80
 _CONFIG = "config.yaml"  # what a training run writes into its folder
+# To predict, the data need not be on this machine, and nothing needs to be said of the schedule.
+_NO_TRAINING = (
+    "DATASETS.TRAIN () DATASETS.TEST () DATASETS.COCO_JSON [] "
+    "SOLVER.REFERENCE_IMS_PER_BATCH 0 SOLVER.AMP.DTYPE auto"
+).split()
 
 
 @dataclass(frozen=True)
@@ -61,45 +72,76 @@ class Origin:
             FileNotFoundError: a file is not there.
             ValueError: what is given is too little, or too much.
         """
-        if run is not None:
-            if config is not None:
-                raise ValueError("--run brings its own config; give either --run or --config-file")
-            if not os.path.isdir(run):
-                raise FileNotFoundError(f"--run {run} is not a folder; name the OUTPUT_DIR of a training run")
-            if not os.path.isfile(os.path.join(run, _CONFIG)):
-                raise FileNotFoundError(f"--run {run} has no {_CONFIG}, which a training run writes into it")
-            return cls(os.path.join(run, _CONFIG), weights or _last_checkpoint(run))
-        if config is None and weights is None:
-            raise ValueError(
-                "name a detector: --run OUTPUT_DIR, --weights of a training run, "
-                "or --config-file and --weights"
-            )
-        if config is None:
+        if run is not None and config is not None:
+            raise ValueError("--run brings its own config; give either --run or --config-file")
+        if run is None and config is None:
+            if weights is None:
+                raise ValueError(
+                    "name a detector: --run OUTPUT_DIR, --weights of a training run, "
+                    "or --config-file and --weights"
+                )
             if "://" not in weights and not os.path.isfile(weights.partition("#")[0]):
                 raise FileNotFoundError(f"--weights {weights} does not exist")
-            beside = os.path.join(os.path.dirname(weights), _CONFIG)
-            if not os.path.isfile(beside):
-                raise ValueError(
-                    f"there is no {_CONFIG} beside {weights}: name the detector's own with --config-file"
-                )
-            return cls(beside, weights)
-        if os.path.isfile(config):
-            return cls(config, weights or _weights_of(config))
-        path = find_config_file(config)
-        if not weights:
+        folder = os.path.dirname(weights or "") if run is None else run
+        path = os.path.join(folder, _CONFIG) if config is None else find_config_file(config)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"there is no {path}, which a training run writes; name the detector's own with --config-file"
+            )
+        if not weights and run is not None:
+            noted = os.path.isfile(os.path.join(run, "last_checkpoint"))
+            weights = last_checkpoint(run) if noted else os.path.join(run, "model_final.pth")
+        weights = weights or read_config_file(path).MODEL.WEIGHTS
+        if not weights or weights in {published.url for published in PUBLISHED.values()}:
             raise ValueError(
-                f"--weights is missing: no trained weights are published for {config}, name those of your own"
+                f"--weights is missing: MODEL.WEIGHTS of {path} names none of a whole detector; name your own"
             )
         return cls(path, weights)
 
+    def read_config(self, opts: Sequence[str] = (), device: str = "cpu") -> CfgNode:
+        """The config as it is used without training and data.
 
+        Args:
+            opts: keys and values that override the file's, alternating.
+            device: for ``MODEL.DEVICE``.
+
+        Raises:
+            FileNotFoundError, ValueError: see `rev_det.engine.load_config`.
+        """
+        return load_config(self.config_file, [*opts, *_NO_TRAINING, "MODEL.DEVICE", device])
+
+    def load_model(self, cfg: CfgNode, classes: list[str] | None = None) -> tuple[nn.Module, dict[str, Any]]:
+        """Build the detector and load its weights, all of which must be there.
+
+        Args:
+            cfg: of `read_config`.
+            classes: names, to be compared with those of the training if they are known.
+
+        Returns:
+            the model, and what else its checkpoint holds.
+
+        Raises:
+            FileNotFoundError, ValueError: the config cannot be built, or the weights are not the model's.
+        """
+        model = build_detector(cfg)
+        loaded = RevCheckpointer(
+            model,
+            strict_weights=cfg.MODEL.REV.STRICT_WEIGHTS,
+            strict_classes=cfg.MODEL.REV.STRICT_CLASSES,
+            evaluation=True,
+            origin={"classes": classes},
+        ).load(self.weights, checkpointables=[])
+        return model, loaded
+
+
+@dataclass
 class Detector:
-    """Predicts on images of any size.
+    """Predicts on images of any size, as Detectron2's ``DefaultPredictor``, but on batches and in RGB.
 
-    Args:
+    Attributes:
         cfg: the config that the model was built from.
         model: returns instances; it is put into evaluation mode.
-        classes: of the model.
+        classes: of the model, with ``thing_classes`` and ``thing_dataset_id_to_contiguous_id``.
         precision: the arithmetic.
         threshold: lowest score to return.
         only: indices of the classes to return; None for all.
@@ -108,25 +150,16 @@ class Detector:
         ValueError: the config's image format is neither RGB nor BGR.
     """
 
-    def __init__(
-        self,
-        cfg: CfgNode,
-        model: nn.Module,
-        classes: Classes,
-        precision: Precision,
-        threshold: float = 0.5,
-        only: frozenset[int] | None = None,
-    ):
-        if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-            raise ValueError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; allowed are 'RGB' and 'BGR'")
-        self.cfg = cfg
-        self.model = model.eval()
-        self.classes = classes
-        self.precision = precision
-        self.threshold = threshold
-        self.only = only
-        self._flipped = cfg.INPUT.FORMAT == "BGR"
-        self._resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+    cfg: CfgNode
+    model: nn.Module
+    classes: Metadata
+    precision: Precision
+    threshold: float = 0.5
+    only: frozenset[int] | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("INPUT.FORMAT", self.cfg.INPUT.FORMAT, ("RGB", "BGR"))
+        self.model.eval()
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[Instances]:
         """Predict on a batch.
@@ -141,8 +174,8 @@ class Detector:
             MemoryError: the batch does not fit into memory.
             ValueError: the model returns no instances.
         """
-        inputs = [self._prepare(image) for image in images]
         try:
+            inputs = [self._prepare(image) for image in images]
             with torch.inference_mode(), device_settings(self.cfg), self.precision.autocast():
                 results = self.model(inputs)
         except (RuntimeError, MemoryError) as error:
@@ -167,35 +200,13 @@ class Detector:
         """
         check_extent(*image.shape[:2], self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST)
 
-    def highest_score(self, images: Sequence[np.ndarray]) -> float | None:
-        """The score of what would be found first if the threshold were lower.
-
-        Args:
-            images: each (H, W, 3), RGB, uint8; one batch.
-
-        Returns:
-            of the classes to return; None if nothing of them is found at any threshold.
-
-        Raises:
-            ValueError: as for a prediction.
-        """
-        # Where Detectron2's heads keep the threshold that they were built with.
-        heads = [module for module in self.model.modules() if hasattr(module, "test_score_thresh")]
-        saved = self.threshold, [head.test_score_thresh for head in heads]
-        try:
-            self.threshold = 0.0
-            for head in heads:
-                head.test_score_thresh = 0.0
-            found = self(images)
-        finally:
-            self.threshold = saved[0]
-            for head, threshold in zip(heads, saved[1], strict=True):
-                head.test_score_thresh = threshold
-        return max((score for instances in found for score in instances.scores.tolist()), default=None)
-
-    def _prepare(self, image: np.ndarray) -> dict:
+    def _prepare(self, image: np.ndarray) -> dict[str, Any]:
         height, width = image.shape[:2]
-        resized = self._resize.get_transform(image).apply_image(image[:, :, ::-1] if self._flipped else image)
+        keys = self.cfg.INPUT
+        if keys.FORMAT == "BGR":
+            image = image[:, :, ::-1]
+        resize = T.ResizeShortestEdge([keys.MIN_SIZE_TEST] * 2, keys.MAX_SIZE_TEST)
+        resized = resize.get_transform(image).apply_image(image)
         pixels = torch.as_tensor(np.ascontiguousarray(resized.transpose(2, 0, 1)))  # (3, H, W)
         return {"image": pixels, "height": height, "width": width}
 
@@ -234,91 +245,114 @@ def load_detector(
     if not 0.0 <= threshold <= 1.0:
         raise ValueError(f"--threshold must be from 0 to 1, got {threshold}")
     device = check_device("--device", device)
-    cfg = read_config(origin.config_file, opts, device)
+    cfg = origin.read_config(opts, device)
     cfg.defrost()
     if dataset_json:
-        found, absent = classes_from_json(dataset_json), ""
+        found = classes_of_json(dataset_json)
     else:
-        found, absent = _classes_of(origin.config_file, opts)
+        data = read_config_file(origin.config_file)
+        data.merge_from_list(list(opts))
+        found = classes_of_config(data)
     count = _settle_count(cfg, found, dataset_json, opts)
     if amp is None:
         amp = cfg.SOLVER.AMP.ENABLED and device != "cpu"
     cfg.SOLVER.AMP.ENABLED = amp
     # What lies below it is not worth a mask, and what lies above it must not be left out before.
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = threshold
-    model = build_detector(cfg)
-    known = found is not None and len(found.names) == count
-    loaded = RevCheckpointer(
-        model,
-        strict_weights=cfg.MODEL.REV.STRICT_WEIGHTS,
-        strict_classes=cfg.MODEL.REV.STRICT_CLASSES,
-        evaluation=True,
-        origin={"classes": list(found.names) if known else None},
-    ).load(origin.weights, checkpointables=[])
-    classes = found if known else _classes_of_checkpoint(loaded, count)
-    if classes is None:
-        logger.warning(
-            "The names of the detector's %d classes are not known: %s. They are numbered; --dataset-json "
-            "FILE, in COCO's format, names them",
-            count,
-            absent if found is None else f"the data of its config have {len(found.names)}",
-        )
-        classes = Classes.numbered(count)
-    chosen = classes.indices(only) if only else None
+    known = found is not None and len(found.thing_classes) == count
+    model, loaded = origin.load_model(cfg, found.thing_classes if known else None)
+    classes = found if known else _unknown_classes(classes_of_origin(loaded.get("made_by")), count)
+    chosen = _indices(classes.thing_classes, only) if only else None
     return Detector(cfg, model, classes, Precision.from_config(cfg), threshold, chosen)
 
 
-def _last_checkpoint(run: str) -> str:
-    try:
-        return last_checkpoint(run)
-    except FileNotFoundError:
-        return os.path.join(run, "model_final.pth")
+def predict(
+    detector: Detector,
+    sources: Sequence[Source],
+    writer: PredictionWriter,
+    batch_size: int = 1,
+    done: Callable[[int], None] = lambda count: None,
+) -> list[tuple[str, str]]:
+    """Predict on files, and write the results in their order.
 
+    Args:
+        detector: the detector.
+        sources: the files.
+        writer: takes the results; it is left open.
+        batch_size: pictures at a time, at least 1.
+        done: is told how many further pictures are finished.
 
-def _weights_of(config: str) -> str:
-    """``MODEL.WEIGHTS`` of a file, unless that is a published backbone's.
+    Returns:
+        path and reason of each file that could not be read, or not to its end, or does not fit into memory.
 
     Raises:
-        OSError, ValueError: the file cannot be read, or there are none of a detector.
+        ValueError: the batch size is none, or a batch of several does not fit into memory.
+        OSError: results cannot be written.
     """
-    weights = read_config_file(config).MODEL.WEIGHTS
-    if not weights or weights in {published.url for published in PUBLISHED.values()}:
-        found = "a backbone's alone" if weights else "none"
-        raise ValueError(
-            f"--weights is missing: MODEL.WEIGHTS of {config} are {found}, name a trained detector's"
-        )
-    return weights
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
+    failures: list[tuple[str, str]] = []
+    frames = _usable_frames(detector, sources, failures)
+    while batch := list(islice(frames, batch_size)):
+        try:
+            results = detector([frame.image for frame in batch])
+        except MemoryError as error:
+            if len(batch) > 1:
+                raise ValueError(f"{error}; lower --batch-size") from error
+            failures.append((batch[0].source.path, str(error)))
+            results = []
+        for frame, instances in zip(batch, results, strict=False):
+            writer.add(frame, instances)
+        done(len(batch))
+    return failures
 
 
-def _classes_of(config_file: str, opts: Sequence[str]) -> tuple[Classes | None, str]:
-    """The classes of a config's data; if there are none, where they were looked for."""
-    cfg = read_config_file(config_file)
-    start = training_folder(cfg.OUTPUT_DIR, os.path.dirname(config_file))
-    folders = ("",) if start is None else (start, "")
-    cfg.merge_from_list(list(opts))
-    found = classes_of_config(cfg, folders)
-    paths = [path for tried in files_of_config(cfg, folders).values() for path in tried]
-    if found is not None:
-        return found, ""
-    return None, f"there is no {' or '.join(paths)}" if paths else "its config names no data at hand"
-
-
-def _settle_count(cfg: CfgNode, found: Classes | None, dataset_json: str | None, opts: Sequence[str]) -> int:
+def _settle_count(cfg: CfgNode, found: Metadata | None, dataset_json: str | None, opts: Sequence[str]) -> int:
     """The model's number of classes, which is set if it is left to the data (in place)."""
     head = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
     key = f"MODEL.{head}.NUM_CLASSES"
+    own = found is not None and found.name == Metadata.name  # others have a name in Detectron2's catalog
+    if own and cfg.MODEL[head].NUM_CLASSES == _DEFAULT_NUM_CLASSES and key not in opts:
+        cfg.MODEL[head].NUM_CLASSES = len(found.thing_classes)
     count = cfg.MODEL[head].NUM_CLASSES
-    if found is not None and found.own and count == _DEFAULT_NUM_CLASSES and key not in opts:
-        count = cfg.MODEL[head].NUM_CLASSES = len(found.names)
-    if dataset_json and len(found.names) != count:
+    if dataset_json and len(found.thing_classes) != count:
         raise ValueError(
-            f"--dataset-json {dataset_json} has {len(found.names)} classes, but the detector has {count} "
-            f"({key}); name the file that it was trained on"
+            f"--dataset-json {dataset_json} has {len(found.thing_classes)} classes, but the detector has "
+            f"{count} ({key}); name the file that it was trained on"
         )
     return count
 
 
-def _classes_of_checkpoint(loaded: Mapping[str, Any], count: int) -> Classes | None:
-    """Where the data are not at hand: the names that a checkpoint keeps, with ids from 1 on."""
-    names = classes_of_origin(loaded.get("made_by"))
-    return Classes(tuple(names), tuple(range(1, count + 1))) if names and len(names) == count else None
+def _unknown_classes(names: Sequence[str] | None, count: int) -> Metadata:
+    """Without the data: the names that a checkpoint keeps, or none."""
+    kept = names is not None and len(names) == count
+    logger.warning(
+        "The data of the detector's config are not at hand, or have not its %d classes. The classes are "
+        "numbered from 1, and their names are %s; --dataset-json FILE, in COCO's format, gives both",
+        count,
+        "those that the checkpoint keeps" if kept else "not known",
+    )
+    return named_classes(names if kept else [f"class {i}" for i in range(1, count + 1)])
+
+
+def _indices(known: Sequence[str], names: Sequence[str]) -> frozenset[int]:
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            listed = ", ".join(known[:10]) + (", …" if len(known) > 10 else "")
+            hint = f"did you mean {' or '.join(close)}?" if close else f"the classes are {listed}"
+            raise ValueError(f"--classes: the detector has no class {name!r}; {hint}")
+    return frozenset(index for index, name in enumerate(known) if name in names)
+
+
+def _usable_frames(
+    detector: Detector, sources: Sequence[Source], failures: list[tuple[str, str]]
+) -> Iterator[Frame]:
+    for source in sources:
+        # Errors of the detector or the writer are raised outside of this generator.
+        try:
+            for frame in read_frames(source):
+                detector.check(frame.image)
+                yield frame
+        except (ValueError, OSError) as error:
+            failures.append((source.path, str(error)))

@@ -18,6 +18,7 @@ IMAGE_EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", "
 VIDEO_EXTENSIONS = frozenset((".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"))
 # Some containers announce frames by their duration, which may be a little more than they have.
 _WHOLE_SHARE = 0.98
+_LONGEST_NAME = 255 - len(".jpg")  # bytes, on nearly all file systems
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Source:
     Attributes:
         path: as it was given, or found.
         name: for files made of it; no two sources share one, in upper or lower case.
-        is_video: by the extension.
+        is_video: a regular file with the extension of a video.
     """
 
     path: str
@@ -36,13 +37,7 @@ class Source:
 
     def num_frames(self) -> int:
         """How many pictures there are to read; for a video what it says itself, 0 if it cannot be opened."""
-        if not self.is_video:
-            return 1
-        capture = cv2.VideoCapture(self.path)
-        try:
-            return max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT))) if capture.isOpened() else 0
-        finally:
-            capture.release()
+        return max(0, int(_opened(self.path).get(cv2.CAP_PROP_FRAME_COUNT))) if self.is_video else 1
 
 
 @dataclass(frozen=True)
@@ -78,13 +73,13 @@ def find_sources(words: Sequence[str]) -> list[Source]:
     sources: list[Source] = []
     taken: set[str] = set()
     for path in paths.values():
-        stem = name = Path(path).stem
-        number = 1
+        number, name = 1, _name(path)
         while name.lower() in taken:
             number += 1
-            name = f"{stem}_{number}"
+            name = _name(path, f"_{number}")
         taken.add(name.lower())
-        sources.append(Source(path, name, Path(path).suffix.lower() in VIDEO_EXTENSIONS))
+        is_video = Path(path).suffix.lower() in VIDEO_EXTENSIONS and os.path.isfile(path)
+        sources.append(Source(path, name, is_video))
     return sources
 
 
@@ -97,8 +92,8 @@ def read_frames(source: Source) -> Iterator[Frame]:
     """
     if source.is_video:
         yield from _read_video(source)
-        return
-    yield Frame(source, read_rgb(source.path))
+    else:
+        yield Frame(source, read_rgb(source.path))
 
 
 def _paths(word: str) -> list[str]:
@@ -107,7 +102,11 @@ def _paths(word: str) -> list[str]:
         with os.scandir(word) as entries:
             names = sorted(e.name for e in entries if e.is_file() and Path(e.name).suffix.lower() in known)
         if not names:
-            raise FileNotFoundError(f"the folder {word} has no images or videos in it{_below(word, known)}")
+            pattern = os.path.join(word, "**", "*.jpg")
+            raise FileNotFoundError(
+                f"the folder {word} has no images or videos in it ({' '.join(sorted(known))}); those in "
+                f'folders below it need a pattern, such as "{pattern}"'
+            )
         return [os.path.join(word, name) for name in names]
     if os.path.exists(word):
         return [word]
@@ -119,40 +118,35 @@ def _paths(word: str) -> list[str]:
     raise FileNotFoundError(f"{word} does not exist; name image or video files, folders or patterns")
 
 
+def _name(path: str, end: str = "") -> str:
+    """The stem of a path and an end, short enough to name a file."""
+    stem = Path(path).stem
+    while len(os.fsencode(stem + end)) > _LONGEST_NAME:
+        stem = stem[:-1]
+    return stem + end
+
+
+def _opened(path: str) -> cv2.VideoCapture:
+    # As bytes: a name that is not UTF-8 ends the program.
+    return cv2.VideoCapture(os.fsencode(path))
+
+
 def _read_video(source: Source) -> Iterator[Frame]:
     if not os.path.getsize(source.path):
         raise ValueError("the file is empty")
-    capture = cv2.VideoCapture(source.path)
-    try:
-        if not capture.isOpened():
-            raise ValueError("OpenCV cannot open it as a video: it is damaged, or of an unknown format")
-        rate, announced = capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        index = 0
-        while True:
-            there, image = capture.read()
-            if not there:
-                break
-            # A camera's stream may not say its rate.
-            yield Frame(source, image[:, :, ::-1], index, rate if 0 < rate < 1000 else 25.0)
-            index += 1
-        if not index:
-            raise ValueError("no frame of the video can be decoded")
-        if index < _WHOLE_SHARE * announced:
-            raise ValueError(
-                f"{index} of the {announced} frames that the video announces could be read: it is cut off or "
-                "damaged"
-            )
-    finally:
-        capture.release()
-
-
-def _below(folder: str, known: frozenset[str]) -> str:
-    """Where a folder without files to predict on has some, for an error."""
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            extension = Path(name).suffix
-            if extension.lower() in known:
-                pattern = os.path.join(folder, "**", f"*{extension}")
-                return f', but {parent} has: name that, or all below with the pattern "{pattern}"'
-    return f" ({' '.join(sorted(known))})"
+    video = _opened(source.path)
+    if not video.isOpened():
+        raise ValueError("OpenCV cannot open it as a video: it is damaged, or of an unknown format")
+    rate, announced = video.get(cv2.CAP_PROP_FPS), int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    rate = rate if 0 < rate < 1000 else 25.0  # a camera's stream may not say it
+    index = 0
+    while (read := video.read())[0]:
+        yield Frame(source, read[1][:, :, ::-1], index, rate)
+        index += 1
+    if not index:
+        raise ValueError("no frame of the video can be decoded")
+    if index < _WHOLE_SHARE * announced:
+        raise ValueError(
+            f"{index} of the {announced} frames that the video announces could be read: it is cut off or "
+            "damaged"
+        )

@@ -99,30 +99,21 @@ def exchange_keys(rng, state):
 def change_shapes(rng, state):
     key = rng.choice(sorted(state))
     value = state[key]
-    state[key] = rng.choice(
-        [
-            lambda: value[:-1],
-            lambda: value.repeat(2, *[1] * (value.ndim - 1)),
-            lambda: value.unsqueeze(0),
-            lambda: value.flatten()[1:],
-            lambda: value.sum(),
-            lambda: value[:0],
-        ]
-    )()
+    changed = [
+        value[:-1],
+        torch.cat([value, value]),
+        value[None],
+        value.flatten()[1:],
+        value.sum(),
+        value[:0],
+    ]
+    state[key] = rng.choice(changed)
 
 
 def change_dtypes(rng, state):
-    dtypes = [
-        torch.int8,
-        torch.int64,
-        torch.bool,
-        torch.complex64,
-        torch.float16,
-        torch.bfloat16,
-        torch.float64,
-    ]
+    dtypes = ["int8", "int64", "bool", "complex64", "float16", "bfloat16", "float64"]
     for key in rng.sample(sorted(state), rng.choice([1, len(state)])):
-        state[key] = state[key].to(rng.choice(dtypes))
+        state[key] = state[key].to(getattr(torch, rng.choice(dtypes)))
 
 
 def put_nan_inside(rng, state):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny_weights import make_mvit, make_vit, mmpretrain_state, pyslowfast_container, renumbered, same
+from tiny_weights import make_mvit, make_vit, mmpretrain_state, renumbered, same
 
 from rev_det.checkpoint import convert_state_dict
 from rev_det.checkpoint.layouts import convert
@@ -13,39 +13,23 @@ from rev_det.checkpoint.layouts import convert
 HEAD = ["head.projection.weight", "head.projection.bias"]
 
 
-def expected_backbone(official, last_norm):
-    """The conversion written out by hand."""
-    expected = {}
+@pytest.mark.parametrize("family, last_norm", [("vit", "norm"), ("mvit", "scale4_norm")])
+def test_an_official_file_becomes_ours_with_every_value(family, last_norm, request):
+    official = request.getfixturevalue(f"official_{family}")
+    expected = {}  # the conversion written out by hand
     for key, value in official.items():
-        if key in HEAD:
-            continue
-        if ".pool_" in key:
-            value = value[:, :, 0]
-        expected[
-            renumbered(key).replace("norm.", f"{last_norm}.") if key.startswith("norm.") else renumbered(key)
-        ] = value
-    return expected
-
-
-def test_official_vit_becomes_ours_with_every_value(official_vit):
-    converted = convert_state_dict(official_vit)
-    assert same(converted, expected_backbone(official_vit, "norm"))
-    make_vit().load_state_dict(converted, strict=True)
-
-
-def test_official_mvit_becomes_ours_with_every_value(official_mvit):
-    converted = convert_state_dict(official_mvit)
-    assert same(converted, expected_backbone(official_mvit, "scale4_norm"))
-    make_mvit(out_features=("scale4",)).load_state_dict(converted, strict=True)
+        name = f"{last_norm}.{key.partition('.')[2]}" if key.startswith("norm.") else renumbered(key)
+        expected[name] = value[:, :, 0] if ".pool_" in key else value
+    for key in HEAD:
+        del expected[key]
+    converted = convert_state_dict(official)
+    assert same(converted, expected)
+    model = make_vit() if family == "vit" else make_mvit(out_features=("scale4",))
+    model.load_state_dict(converted, strict=True)
 
 
 def test_mmpretrain_equals_the_official_file_it_comes_from(official_vit):
-    theirs = mmpretrain_state(official_vit)
-    assert same(convert_state_dict(theirs), convert_state_dict(official_vit))
-    bare = {
-        key.removeprefix("backbone."): value for key, value in theirs.items() if key.startswith("backbone.")
-    }
-    assert same(convert_state_dict(bare), convert_state_dict(official_vit))
+    assert same(convert_state_dict(mmpretrain_state(official_vit)), convert_state_dict(official_vit))
 
 
 def test_our_own_state_stays_as_it_is():
@@ -77,23 +61,6 @@ def test_prefixes_are_no_part_of_a_layout(official_vit, layout, prefix):
     converted = convert({prefix + key: value for key, value in bare.items()})
     assert converted.layout == layout
     assert same(converted.backbone, convert_state_dict(official_vit))
-
-
-@pytest.mark.parametrize("container", ["model_state", "state_dict", "model"])
-def test_containers_are_opened(official_vit, container):
-    held = {container: official_vit, "epoch": 3, "cfg": "text", "optimizer_state": {"state": {}}}
-    assert same(convert_state_dict(held), convert_state_dict(official_vit))
-
-
-def test_heads_and_pyramids_are_kept_apart(official_vit):
-    converted = convert(pyslowfast_container(official_vit))
-    assert list(converted.dropped) == HEAD
-    assert converted.dropped[HEAD[0]] is official_vit[HEAD[0]]
-    state = {f"backbone.bottom_up.{key}": value for key, value in make_mvit().state_dict().items()}
-    others = {"backbone.fpn_lateral2.weight": torch.zeros(1), "roi_heads.x": torch.zeros(1)}
-    converted = convert({**state, **others})
-    assert converted.prefix == "backbone.bottom_up."
-    assert same(converted.others, others)
 
 
 @pytest.mark.parametrize("layout", ["vit", "mvit", "mmpretrain"])
@@ -130,27 +97,36 @@ def test_heads_that_are_named_as_another_layout_are_heads():
     assert converted.others.keys() == heads.keys()
 
 
-def test_an_entry_without_a_place_is_an_error(official_vit):
-    with pytest.raises(ValueError, match=r"pyslowfast.*rev_backbone\.layers\.0\.extra"):
-        convert_state_dict({**official_vit, "rev_backbone.layers.0.extra": torch.zeros(1)})
-
-
-def test_two_backbones_in_one_file_are_an_error(official_vit):
-    both = {f"{who}.{key}": value for who in ("student", "teacher") for key, value in official_vit.items()}
-    with pytest.raises(ValueError, match=r"several backbones.*student.*teacher"):
-        convert_state_dict(both)
-
-
-def test_two_sets_of_weights_in_one_container_are_an_error(official_vit):
-    with pytest.raises(ValueError, match="model_state, model"):
-        convert_state_dict({"model": official_vit, "model_state": official_vit})
-
-
-def test_fused_rows_that_are_no_multiple_of_three_are_an_error(official_vit):
-    state = mmpretrain_state(official_vit)
-    state["backbone.layers.1.attn.qkv.bias"] = torch.zeros(95)
-    with pytest.raises(ValueError, match=r"blocks\.1\.F\.attn\.qkv\.bias.*\(95,\)"):
-        convert_state_dict(state)
+@pytest.mark.parametrize(
+    "state, words",
+    [
+        (lambda s: {**s, "rev_backbone.layers.0.extra": s["pos_embed"]}, r"pyslowfast.*layers\.0\.extra"),
+        (
+            lambda s: {f"{who}.{k}": v for who in "ab" for k, v in s.items()},
+            r"several backbones.*'a\.', 'b\.'",
+        ),
+        (lambda s: {"model": s, "model_state": s}, "several sets of weights: model_state, model"),
+        (
+            lambda s: {**mmpretrain_state(s), "backbone.layers.1.attn.qkv.bias": torch.zeros(95)},
+            r"blocks\.1\.F\.attn\.qkv\.bias.*\(95,\)",
+        ),
+        # Its blocks have the names of mmpretrain's reversible ones.
+        (
+            lambda s: {**mmpretrain_state(s), "backbone.ln1.weight": torch.ones(32)},
+            "plain vision transformer",
+        ),
+        (lambda s: {**mmpretrain_state(s), "backbone.cls_token": s["pos_embed"]}, "plain vision transformer"),
+        (lambda s: {}, "no tensors"),
+        (lambda s: {"model": {}}, "no tensors"),
+        (lambda s: {"pos_embed": [1.0, 2.0]}, "'pos_embed' is a list"),
+        (lambda s: {"pos_embed": np.array(["a"])}, "'pos_embed' is a ndarray"),
+        (lambda s: {0: torch.zeros(1)}, "0 is a Tensor"),
+        (lambda s: {"epoch": 3, "cfg": "text"}, "'epoch' is a int"),
+    ],
+)
+def test_what_is_no_file_of_a_layout_is_an_error(official_vit, state, words):
+    with pytest.raises(ValueError, match=words):
+        convert_state_dict(state(official_vit))
 
 
 @pytest.mark.parametrize(
@@ -172,30 +148,3 @@ def test_fused_rows_that_are_no_multiple_of_three_are_an_error(official_vit):
 def test_another_models_file_is_told_what_it_looks_like(keys, what):
     with pytest.raises(ValueError, match=f"no Rev-ViT or Rev-MViT: .*{what}"):
         convert_state_dict({key: torch.zeros(2, 2) for key in keys})
-
-
-@pytest.mark.parametrize("telling", ["cls_token", "width"])
-def test_mmpretrains_plain_vit_is_not_taken_for_a_reversible_one(official_vit, telling):
-    state = mmpretrain_state(official_vit)
-    if telling == "width":
-        state["backbone.ln1.weight"] = torch.ones(32)
-    else:
-        state["backbone.cls_token"] = torch.zeros(1, 1, 32)
-    with pytest.raises(ValueError, match="mmpretrain's plain vision transformer"):
-        convert_state_dict(state)
-
-
-@pytest.mark.parametrize(
-    "state, what",
-    [
-        ({}, "no tensors"),
-        ({"model": {}}, "no tensors"),
-        ({"pos_embed": [1.0, 2.0]}, "'pos_embed' is a list"),
-        ({"pos_embed": np.array(["a"])}, "'pos_embed' is a ndarray"),
-        ({0: torch.zeros(1)}, "0 is a Tensor"),
-        ({"epoch": 3, "cfg": "text"}, "'epoch' is a int"),
-    ],
-)
-def test_what_is_no_dictionary_of_tensors_is_an_error(state, what):
-    with pytest.raises(ValueError, match=what):
-        convert_state_dict(state)

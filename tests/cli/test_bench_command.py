@@ -26,10 +26,11 @@ def figures(path):
 
 def test_a_backbone_is_counted_beside_its_peers(capsys):
     files = ["--json", "a.json", "--csv", "a.csv", "--plot", "a.png"]
-    assert main(["bench", *SMALL, "--peers", *files, "--at-peak", "3"]) == 0
+    assert main(["bench", *SMALL, "--peers", *files, "--at-peak", "20"]) == 0
     out = capsys.readouterr().out
     assert "relative" in out and "counted)" in out and "estimated)" in out and "alive at the peak" in out
     content, by_training = figures("a.json")
+    assert {len(row["at_peak"]) for row in content["rows"]} == {20}
     assert {"cached", "checkpoint", "checkpoint, attention kept", "reversible, attention kept"} <= set(
         by_training
     )
@@ -83,19 +84,23 @@ def test_a_backbone_is_measured_on_the_cpu(capsys):
 
 
 @pytest.mark.parametrize(
-    "how", [[], ["--device", "cpu", "--warm-up", "1", "--steps", "2"]], ids=["counted", "measured"]
+    "how", [["--peers"], ["--device", "cpu", "--warm-up", "1", "--steps", "2"]], ids=["counted", "measured"]
 )
 def test_a_whole_detector_is_counted_and_measured(how):
     arguments = ["--config-file", NANO, "--size", "64x64", "--batch", "1", "--activations", "reversible"]
-    assert (
-        main(["bench", *arguments, *how, "--json", "a.json", "--opts", "MODEL.ROI_HEADS.NUM_CLASSES", "3"])
-        == 0
-    )
+    classes = ["--opts", "MODEL.ROI_HEADS.NUM_CLASSES", "3"]
+    assert main(["bench", *arguments, *how, "--json", "a.json", *classes]) == 0
     content, by_training = figures("a.json")
     made = by_training["reversible, attention kept"]
-    assert ("time" in made) == bool(how)
-    assert ("FLOPs" in made) == (not how)
     assert content["rows"][0]["labels"]["depth"] == 9
+    is_counted = "--peers" in how
+    assert ("time" in made) != is_counted and ("FLOPs" in made) == is_counted
+    if is_counted:
+        assert {"cached", "checkpoint", "checkpoint, attention kept"} < set(by_training)
+        for row in content["rows"]:
+            parts = {"weights", "optimizer state", "gradients", "outputs", "backbone: working memory"}
+            assert parts | {"heads: kept for backward"} <= set(row["split"])
+            assert row["figures"]["in all"]["value"] > row["figures"]["peak memory"]["value"]
 
 
 def test_the_depth_of_a_detector_can_be_swept():
@@ -161,7 +166,15 @@ def test_any_detectron2_config_is_counted(tmp_path):
         (["--preset", "detection", "--batch", "2", "--peers"], "leave out --peers, --batch"),
         (["--opts", "MODEL.MASK_ON", "False"], "--opts needs a --config-file"),
         (["--config-file", "missing.yaml"], "missing.yaml does not exist"),
-        (["--json", "missing/a.json"], "the folder missing does not exist"),
+        (
+            ["--json", "missing/a.json"],
+            "--json missing/a.json cannot be written: the folder",
+        ),
+        (["--json", "o", "--csv", "./o"], "--json and --csv are one file, ./o: give each a name of its own"),
+        (["--config-file", "c.yaml", "--json", "c.yaml"], "the config and --json are one file, c.yaml"),
+        (["--at-peak", "-1"], "--at-peak is of a count, and at least 0, got -1"),
+        (["--device", "cpu", "--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--max-batch", "--memory-limit", "9" * 400 + "GB"], "--memory-limit must be a number of GB"),
         (["--csv", "../"], "../ cannot be written: it is a folder"),
         (["--plot", "a.xyz"], "a.xyz cannot be written: its name must end with .png or .pdf or .svg"),
         (["--memory-limit", "1GB"], "--memory-limit changes nothing here: give --max-batch"),
@@ -174,27 +187,6 @@ def test_errors_are_one_line_that_says_what_to_do(arguments, message, capsys):
     err = capsys.readouterr().err.strip().splitlines()
     assert err[-1].startswith("error: ") and message in err[-1]
     assert not list(Path().iterdir())
-
-
-def test_an_unknown_preset_is_an_error_that_lists_them(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["bench", "--preset", "table9"])
-    assert stopped.value.code == 2
-    err = capsys.readouterr().err
-    assert "'table9'" in err and "figure3c" in err
-
-
-def test_a_whole_detector_is_counted_beside_its_peers():
-    arguments = ["--config-file", NANO, "--size", "64x64", "--batch", "1", "--peers", "--json", "a.json"]
-    assert main(["bench", *arguments]) == 0
-    content, by_training = figures("a.json")
-    assert {"cached", "checkpoint", "checkpoint, attention kept", "reversible, attention kept"} <= set(
-        by_training
-    )
-    for row in content["rows"]:
-        parts = {"weights", "optimizer state", "gradients", "outputs", "backbone: working memory"}
-        assert parts | {"heads: kept for backward"} <= set(row["split"])
-        assert row["figures"]["in all"]["value"] > row["figures"]["peak memory"]["value"]
 
 
 def test_a_float16_config_is_counted_though_the_cpu_does_not_train_in_it():
@@ -276,6 +268,9 @@ def test_a_config_may_be_named_as_elsewhere(option):
         ([NANO, "--opts", "MODEL.NO_KEY", "1"], "there is no config key MODEL.NO_KEY"),
         ([NANO, "--size", "big"], "--size must be HEIGHTxWIDTH"),
         ([NANO, "--json", "missing/a.json"], "the folder missing does not exist"),
+        ([NANO, "--csv", "a.png", "--plot", "a.png"], "--csv and --plot are one file, a.png"),
+        (["a.yaml", "--json", "a.yaml"], "the config and --json are one file, a.yaml"),
+        ([NANO, "--size", "9999x9999"], "--size 9999x9999 has more than 16 million pixels"),
         ([NANO, "--plot", "a"], "a cannot be written: its name must end with .png"),
         ([NANO, "--plot", "a.png", "--no-fits"], "--plot draws the images that fit: leave out --no-fits"),
         ([NANO, "--depth", "0"], "--depth must be at least 1, got 0"),

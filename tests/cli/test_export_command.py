@@ -1,5 +1,8 @@
 """The export command: what it prints and writes, and its errors."""
 
+import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -75,13 +78,36 @@ def test_a_check_without_detections_is_said_to_be_little(run, capsys):
         (["--image", "gone.png"], "gone.png"),
         (["--image", "config.yaml"], "--image config.yaml cannot be read"),
         (["--part", "backbone", "--size", "100", "100"], "must be multiples of 32"),
+        (
+            ["--image", "/dev/null"],
+            "--image /dev/null cannot be read: /dev/null is a pipe or a device, not a file",
+        ),
+        (
+            ["INPUT.MIN_SIZE_TEST", "-5"],
+            "INPUT.MIN_SIZE_TEST must be a whole number of at least 0 and at most 9459, got -5",
+        ),
+        (["--output", "weights.ts", "--weights", "weights.ts"], "would overwrite weights.ts, which is read"),
+        (["--output", "/proc/a.ts"], "--output /proc/a.ts cannot be written to the folder /proc"),
         (["MODEL.NO_KEY", "1"], "there is no config key MODEL.NO_KEY"),
         (["MODEL.ROI_HEADS.NAME", "NoHeads"], "the config cannot be built"),
     ],
 )
 def test_errors_are_one_line_and_nothing_is_written(run, more, message, capsys):
+    shutil.copy("model_final.pth", "weights.ts")
     before = sorted(run.iterdir())
     assert main(arguments(*more)) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
     assert sorted(run.iterdir()) == before
+
+
+def test_a_killed_export_leaves_no_part(run, monkeypatch):
+    def be_killed(part, path):
+        assert part.endswith(".part-detector.ts") and Path(part).stat().st_size
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("os.replace", be_killed)
+    before = sorted(run.iterdir())
+    with pytest.raises(SystemExit) as stop:
+        main(arguments("--size", "64", "64", "--part", "backbone"))
+    assert stop.value.code == 143 and sorted(run.iterdir()) == before

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import rev_det
-from rev_det.advice import hide_advice
+from rev_det.warning_filters import hide_advice
 from rev_det_cli import COMMANDS, main
 
 SETUP = Path(__file__).resolve().parents[2] / "setup.py"

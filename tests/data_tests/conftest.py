@@ -2,11 +2,14 @@
 
 import copy
 import json
+import os
 
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+
+from rev_det.data.check import check_data
 
 NUM_IMAGES, HEIGHT, WIDTH = 2, 40, 60
 
@@ -86,3 +89,21 @@ def enlarge():
         return content
 
     return enlarged
+
+
+@pytest.fixture
+def good(content, images):
+    """Two images of different content, two instances each."""
+    pixels = np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(os.path.join(images, "1.png"))
+    return content
+
+
+@pytest.fixture
+def check(write, images):
+    """What `data check` finds."""
+
+    def run(content, name="pets", **options):
+        return check_data(name, write(content, f"{name}.json"), images, **options)
+
+    return run

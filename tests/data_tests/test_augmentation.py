@@ -254,13 +254,6 @@ def test_annotations_in_integers_are_as_exact_as_others(masks, record):
         np.testing.assert_array_equal(ours.gt_masks.polygons, exact.gt_masks.polygons)
 
 
-def test_boxes_in_integers_are_exact_without_masks(cfg, record):
-    cfg.INPUT.RANDOM_FLIP = "none"
-    cfg.INPUT.MIN_SIZE_TRAIN = (250,)
-    (box,) = RevDatasetMapper(cfg, True)(record)["instances"].gt_boxes.tensor
-    torch.testing.assert_close(box, torch.tensor(OBJECT) * 2.5)
-
-
 def test_padding_is_background_in_masks_and_ignored_in_semantic_labels(masks, record, tmp_path):
     masks.INPUT.AUGMENTATION = "lsj"
     masks.INPUT.LSJ.SCALES = (0.5, 0.5)
@@ -382,7 +375,7 @@ def test_a_range_of_short_sides_has_two_ends(cfg, sizes, valid):
     if valid:
         RevDatasetMapper(cfg, True)
     else:
-        with pytest.raises(ValueError, match="INPUT.MIN_SIZE_TRAIN is .*two, the smallest first"):
+        with pytest.raises(ValueError, match="INPUT.MIN_SIZE_TRAIN must be "):
             RevDatasetMapper(cfg, True)
 
 
@@ -396,17 +389,16 @@ def test_no_resize_and_a_single_number_remain_possible(cfg, sizes):
     "style, size, message",
     [
         ("square", [0.9, 0.9], "INPUT.CROP.TYPE is 'square'"),
-        ("relative", [0.9], "INPUT.CROP.SIZE is .* two shares"),
-        ("relative_range", [-1.0, 2.0], "INPUT.CROP.SIZE is .* two shares"),
-        ("absolute", [0.9, 0.9], "INPUT.CROP.SIZE is .* two numbers of pixels"),
-        ("absolute_range", [64, 32], "INPUT.CROP.SIZE is .* the smaller first"),
+        ("relative", [0.9], "INPUT.CROP.SIZE must be two shares"),
+        ("relative_range", [-1.0, 2.0], "INPUT.CROP.SIZE must be two shares"),
+        ("absolute", [0.9, 0.9], "INPUT.CROP.SIZE must be .* two numbers of pixels"),
+        ("absolute_range", [64, 32], "INPUT.CROP.SIZE must be .* the smaller first"),
     ],
 )
 def test_impossible_crops_are_an_error(cfg, style, size, message):
     cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE = True, style, size
     with pytest.raises(ValueError, match=message):
         RevDatasetMapper(cfg, True)
-    RevDatasetMapper(cfg, False)
 
 
 def test_missing_shapely_is_an_error_before_training(cfg, monkeypatch):

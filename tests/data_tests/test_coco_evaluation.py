@@ -129,21 +129,6 @@ def test_other_datasets_are_evaluated_from_their_file(content, write, images, ev
     assert len(evaluator("theirs")._coco_api.anns) == 4
 
 
-@pytest.mark.parametrize("first", [0, -4])
-@pytest.mark.parametrize("fast", [True, False])
-def test_annotation_ids_below_one_are_matched_like_others(content, write, images, first, fast):
-    for index, annotation in enumerate(content["annotations"]):
-        annotation["id"] = first + index
-    register_coco_json("pets", write(content), images)
-    ours = RevCOCOEvaluator("pets", tasks=("bbox", "segm"), distributed=False, use_fast_impl=fast)
-    result = evaluate_perfect_predictions(ours, content)
-    assert result["bbox"] == pytest.approx(100) and result["segm"] == pytest.approx(100)
-    # This is why: 0 means "not matched".
-    theirs = COCOEvaluator("pets", tasks=("bbox", "segm"), distributed=False, use_fast_impl=False)
-    if first == 0:
-        assert evaluate_perfect_predictions(theirs, content)["bbox"] < 90
-
-
 @pytest.fixture(scope="session")
 def benchmark():
     """The benchmark's script, whose drawn sets and detections serve here as well."""

@@ -2,8 +2,6 @@
 
 import os
 
-import numpy as np
-import pycocotools.mask as mask_util
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
@@ -119,12 +117,3 @@ def test_real_coco_loads_whole(folder, file, num_images, num_instances, num_clas
     loaded = [a for record in records for a in record["annotations"]]
     assert (len(records), len(loaded)) == (num_images, num_instances)
     assert {a["category_id"] for a in loaded} <= set(range(num_classes))
-
-
-def test_uncompressed_encodings_reach_training_compressed(content, write, images):
-    content["annotations"][0]["segmentation"] = {"size": [40, 60], "counts": [100, 200, 2100]}
-    register_coco_json("pets", write(content), images)
-    mask = mask_util.decode(DatasetCatalog.get("pets")[0]["annotations"][0]["segmentation"])
-    expected = np.zeros(2400, np.uint8)
-    expected[100:300] = 1
-    np.testing.assert_array_equal(mask, expected.reshape(60, 40).T)

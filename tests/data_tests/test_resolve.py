@@ -1,9 +1,6 @@
 """Config keys that follow from the data: registration, number of classes, mask format."""
 
-import json
 import os
-import subprocess
-import sys
 
 import pytest
 from detectron2.config import get_cfg
@@ -12,7 +9,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from rev_det.config import add_rev_det_config
 from rev_det.data import (
     class_names,
-    register_coco_json,
     register_datasets,
     resolve_mask_format,
     resolve_num_classes,
@@ -115,13 +111,6 @@ def test_number_of_classes_that_disagrees_is_an_error(pets, head):
         resolve_num_classes(pets)
 
 
-def test_number_of_classes_that_agrees_stays(pets):
-    register_datasets(pets)
-    pets.MODEL.ROI_HEADS.NUM_CLASSES = pets.MODEL.RETINANET.NUM_CLASSES = 2
-    pets.freeze()
-    resolve_num_classes(pets)
-
-
 def test_training_and_test_classes_must_be_the_same(pets, content, write, images):
     content["categories"][0]["name"] = "wolf"
     pets.DATASETS.COCO_JSON.append(["wolves", write(content, "wolves.json"), images])
@@ -130,13 +119,6 @@ def test_training_and_test_classes_must_be_the_same(pets, content, write, images
     with pytest.raises(
         ValueError, match="'pets' and 'wolves' have different classes: .*dog.* against .*wolf"
     ):
-        resolve_num_classes(pets)
-
-
-def test_builtin_test_set_beside_our_training_set_is_noticed(pets):
-    pets.DATASETS.TEST = ("coco_2017_val",)
-    register_datasets(pets)
-    with pytest.raises(ValueError, match="'pets' and 'coco_2017_val' have different classes"):
         resolve_num_classes(pets)
 
 
@@ -149,7 +131,7 @@ def test_same_classes_as_a_builtin_set_are_checked_not_taken(cfg, content, write
     resolve_num_classes(cfg)
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 80
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 81
-    with pytest.raises(ValueError, match=r"NUM_CLASSES is 81.* has 80 classes \(person, bicycle, .*…\)"):
+    with pytest.raises(ValueError, match=r"is 81.* has 80 classes \(person, bicycle, .* and 75 more\)"):
         resolve_num_classes(cfg)
 
 
@@ -209,27 +191,6 @@ def test_masks_without_segmentations_are_an_error(pets, content, write, missing)
         resolve_mask_format(pets)
     pets.MODEL.MASK_ON = False
     resolve_mask_format(pets)
-
-
-def test_registration_works_in_a_fresh_process(pets, tmp_path):
-    """What ``launch`` does: the config travels to a spawned process, the catalogs do not."""
-    (tmp_path / "entries.json").write_text(json.dumps(list(pets.DATASETS.COCO_JSON)))
-    code = (
-        "import json, sys\n"
-        "from detectron2.config import get_cfg\n"
-        "from rev_det.config import add_rev_det_config\n"
-        "from rev_det.data import class_names, register_datasets\n"
-        "cfg = get_cfg(); add_rev_det_config(cfg)\n"
-        "cfg.DATASETS.COCO_JSON = json.load(open(sys.argv[1])); cfg.DATASETS.TRAIN = ('pets',)\n"
-        "register_datasets(cfg); assert class_names(['pets']) == ['cat', 'dog']\n"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "entries.json")], check=True, cwd=ROOT)
-
-
-def test_first_registration_wins_over_another_by_the_user(pets, content, write, images):
-    register_coco_json("pets", write(content, "other.json"), images)
-    with pytest.raises(ValueError, match="already registered with"):
-        register_datasets(pets)
 
 
 @pytest.mark.parametrize("mask_on", [True, False])

@@ -14,8 +14,8 @@ from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 
 from rev_det.engine import Trainer, argument_parser, load_config
-from rev_det.engine.interruption import STOP_SIGNALS, Interrupted, StopRequest, passing_on_to_children
 from rev_det.engine.train_step import NonFiniteError
+from rev_det.stopping import STOP_SIGNALS, Interrupted, StopRequest, passing_on_to_children
 
 # Drop path, flips and sampled RoIs: what is drawn at random must be drawn again.
 SETTINGS = (
@@ -150,10 +150,8 @@ def test_the_second_interrupt_is_not_waited_for_and_the_first_says_so(caplog):
     assert "--resume" in message and "second Ctrl-C" in message
 
 
-def test_under_torchrun_which_passes_them_on_interrupts_count_as_one(monkeypatch, caplog):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "0")
-    stop = StopRequest()
+def test_under_torchrun_which_passes_them_on_interrupts_count_as_one(caplog):
+    stop = StopRequest(second_ends=False)
     with stop.listening():
         send(signal.SIGINT)()
         send(signal.SIGINT)()
@@ -242,7 +240,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(trainer, tmp_path, monkeypat
     results = iter([{"bbox": {"AP": ap}} for ap in (float("nan"), 30.0, 50.0, 40.0, float("nan"), 45.0)])
     monkeypatch.setattr(Trainer, "test", lambda *args: next(results))
     opts = ("DATASETS.TEST", "('tiny',)", "TEST.EVAL_PERIOD", "1", "SOLVER.CHECKPOINT_PERIOD", "1")
-    monkeypatch.setattr("rev_det.engine.hooks.Predictions._draw", lambda self: None)
+    monkeypatch.setattr("rev_det.engine.trainer.show_predictions", lambda trainer: None)
     output = tmp_path / "output"
     output.mkdir()
     (output / "model_0000009.pth").write_text("of a longer run before")
@@ -264,7 +262,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(trainer, tmp_path, monkeypat
 def test_a_checkpoint_that_is_the_best_twice_leaves_nothing_behind(trainer, tmp_path, monkeypatch):
     # Evaluated, then resumed from a time before that and evaluated again.
     monkeypatch.setattr(Trainer, "test", lambda *args: {"bbox": {"AP": 30.0}})
-    monkeypatch.setattr("rev_det.engine.hooks.Predictions._draw", lambda self: None)
+    monkeypatch.setattr("rev_det.engine.trainer.show_predictions", lambda trainer: None)
     opts = ("DATASETS.TEST", "('tiny',)", "TEST.EVAL_PERIOD", "3", "SOLVER.MAX_ITER", "4")
     trainer(*opts).train()
     (tmp_path / "output/last_checkpoint").write_text("model_0000002.pth")
@@ -277,7 +275,7 @@ def test_a_checkpoint_that_is_the_best_twice_leaves_nothing_behind(trainer, tmp_
 def test_what_was_best_is_remembered_by_a_resumed_run(trainer, tmp_path, monkeypatch):
     results = iter([{"bbox": {"AP": ap}} for ap in (30.0, 50.0, 20.0, 20.0, 40.0, 45.0)])
     monkeypatch.setattr(Trainer, "test", lambda *args: next(results))
-    monkeypatch.setattr("rev_det.engine.hooks.Predictions._draw", lambda self: None)
+    monkeypatch.setattr("rev_det.engine.trainer.show_predictions", lambda trainer: None)
     opts = ("DATASETS.TEST", "('tiny',)", "TEST.EVAL_PERIOD", "1")
     with pytest.raises(SystemExit):
         trainer(*opts, at=2, action=send(signal.SIGTERM)).train()
@@ -311,7 +309,7 @@ def test_a_disk_that_is_full_when_anything_else_is_written_is_told_as_well(
     trainer, tmp_path, monkeypatch, write
 ):
     monkeypatch.setattr(Trainer, "test", lambda *args: {"bbox": {"AP": 30.0}})
-    monkeypatch.setattr("rev_det.engine.hooks.Predictions._draw", lambda self: None)
+    monkeypatch.setattr("rev_det.engine.trainer.show_predictions", lambda trainer: None)
     opts = ("DATASETS.TEST", "('tiny',)", "TEST.EVAL_PERIOD", "3")
     run = trainer(*opts)
 
@@ -375,11 +373,13 @@ def test_a_run_that_is_resumed_at_its_end_is_evaluated_and_no_iteration_is_added
     assert second["best"] == first["best"] and second["last_losses"] == first["last_losses"]
 
 
-def test_a_run_that_is_resumed_beyond_a_shorter_schedule_ends_with_its_last_state(trainer, tmp_path):
+def test_a_run_that_is_resumed_beyond_a_shorter_schedule_ends_with_its_last_state(trainer, tmp_path, caplog):
     with pytest.raises(SystemExit):
         trainer(at=2, action=send(signal.SIGTERM)).train()
     opts = ("SOLVER.MAX_ITER", "2", "DATASETS.TEST", "('tiny',)")
     trainer(*opts, resume=True).train()
+    (said,) = [record for record in caplog.records if "nothing is left to train" in record.getMessage()]
+    assert said.levelname == "WARNING" and "at iteration 4, SOLVER.MAX_ITER is 2" in said.getMessage()
     final = torch.load(tmp_path / "output/model_final.pth", weights_only=True)
     assert final["iteration"] == 3
     assert_equal(final["model"], parameters(tmp_path / "output/model_0000003.pth"))
@@ -397,6 +397,23 @@ def test_a_run_that_is_resumed_with_other_batches_or_rates_says_what_is_kept(tra
     assert "was made with " in caplog.text and "SOLVER.IMS_PER_BATCH 2, now 4" in caplog.text
     assert "at most 0.0015, are kept, and not those of this config, at most 0.00212132" in caplog.text
     assert {group["initial_lr"] for group in resumed.optimizer.param_groups} == {0.0015}
+
+
+def test_a_run_that_is_resumed_on_other_data_says_so(trainer, tiny_dataset, caplog):
+    with pytest.raises(SystemExit):
+        trainer(at=2, action=send(signal.SIGTERM)).train()
+    annotations, _, images = tiny_dataset.partition("=")[2].partition(":")
+    other = ("DATASETS.COCO_JSON", repr([["other", annotations, images]]), "DATASETS.TRAIN", "('other',)")
+    trainer(*other, "DATASETS.TEST", "('tiny',)", resume=True)
+    assert "was made with DATASETS.TRAIN ['tiny'], now ['other']" in caplog.text
+
+
+def test_a_checkpoint_of_an_older_version_brings_what_was_best(trainer, tmp_path):
+    # Detectron2 keeps the state of a hook under the name of its class, which was another.
+    run = trainer()
+    best = {"best": {"value": 50.0, "iteration": 1}}
+    run.load_state_dict(run.state_dict() | {"hooks": {"Evaluation": best}})
+    assert run.state_dict()["hooks"]["Evaluation"] == best
 
 
 def test_processes_that_find_different_checkpoints_do_not_train(trainer, monkeypatch):
@@ -417,7 +434,7 @@ def test_a_best_metric_that_is_not_measured_is_told_once_with_those_that_are(
     trainer, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setattr(Trainer, "test", lambda *args: {"bbox": {"AP": 30.0, "AP-cat": 1.0, "AP50": 2.0}})
-    monkeypatch.setattr("rev_det.engine.hooks.Predictions._draw", lambda self: None)
+    monkeypatch.setattr("rev_det.engine.trainer.show_predictions", lambda trainer: None)
     opts = ("DATASETS.TEST", "('tiny',)", "TEST.EVAL_PERIOD", "2", "TEST.BEST_METRIC", "segm/AP")
     trainer(*opts).train()
     (message,) = [record.getMessage() for record in caplog.records if "BEST_METRIC" in record.getMessage()]

@@ -145,13 +145,6 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     return copy.deepcopy(optimizer.state_dict())
 
 
-def test_a_state_of_other_groups_is_refused_by_torch(cfg):
-    optimizer = build_optimizer(cfg, Toy())
-    state = optimizer.state_dict()
-    with pytest.raises(ValueError, match="different number of parameter groups"):
-        optimizer.load_state_dict({**state, "param_groups": state["param_groups"][:1]})
-
-
 @pytest.mark.gpu
 def test_a_step_of_the_optimizer_takes_no_copy_of_the_parameters(cfg):
     model = nn.Linear(1024, 4096, bias=False, device="cuda")
@@ -162,12 +155,6 @@ def test_a_step_of_the_optimizer_takes_no_copy_of_the_parameters(cfg):
     before = torch.cuda.memory_allocated()
     optimizer.step()
     assert torch.cuda.max_memory_allocated() - before < 0.1 * model.weight.nbytes
-
-
-def test_an_unknown_optimizer_is_an_error(cfg):
-    cfg.SOLVER.OPTIMIZER = "adam"
-    with pytest.raises(ValueError, match="SOLVER.OPTIMIZER is 'adam'; allowed are 'AdamW', 'SGD'"):
-        build_optimizer(cfg, Toy())
 
 
 def clipped(cfg, clip_type: str) -> list[torch.Tensor]:
@@ -207,12 +194,6 @@ def test_clippers_return_the_norm_that_all_gradients_had_together(cfg, clip_type
     assert largest == pytest.approx({"off": 2.0, "full_model": 0.8, "norm": 1.0, "value": 1.0}[clip_type])
 
 
-def test_clipping_is_of_a_known_type(cfg):
-    cfg.SOLVER.CLIP_GRADIENTS.merge_from_list(["ENABLED", True, "CLIP_TYPE", "global"])
-    with pytest.raises(ValueError, match="CLIP_TYPE is 'global'; allowed are full_model, norm, value"):
-        build_gradient_clipper(cfg)
-
-
 @pytest.mark.parametrize("family", ["mvit", "vit"])
 def test_layer_decay_lowers_the_rate_from_block_to_block(family, tiny_dataset):
     config = str(CONFIGS / f"Quickstart/mask_rcnn_rev_{family}_nano_fpn.yaml")
@@ -235,10 +216,3 @@ def test_layer_decay_lowers_the_rate_from_block_to_block(family, tiny_dataset):
         elif not name.startswith("backbone"):
             assert rate == 1.0, name
     assert seen == set(range(depth))
-
-
-@pytest.mark.parametrize("decay", [0.0, 1.5])
-def test_a_layer_decay_out_of_range_is_an_error(cfg, decay):
-    cfg.SOLVER.LAYER_DECAY = decay
-    with pytest.raises(ValueError, match=f"LAYER_DECAY is {decay}; it must be above 0"):
-        build_optimizer(cfg, Toy())

@@ -71,8 +71,8 @@ def test_curves_show_whatever_metrics_there_are(tmp_path):
 
 def test_points_at_the_ends_and_legends_hide_nothing(tmp_path, monkeypatch):
     figures = []
-    real = pictures._figure
-    monkeypatch.setattr(pictures, "_figure", lambda *size: figures.append(real(*size)) or figures[-1])
+    real = pictures.Figure
+    monkeypatch.setattr(pictures, "Figure", lambda *a, **kw: figures.append(real(*a, **kw)) or figures[-1])
     values = {"loss_cls": 0.5, "total_loss": 1.0, "lr": 0.1, "bbox/AP": 0.0, "segm/AP": 100.0}
     draw_curves(write_metrics(tmp_path / "metrics.json", [0, 100], **values), str(tmp_path / "curves.png"))
     for axes in figures[0].axes:

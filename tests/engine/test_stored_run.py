@@ -23,9 +23,15 @@ def run(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(STORED, folder)
     monkeypatch.chdir(folder)
+    forget_the_data()  # other tests' have the same name
     yield folder
-    DatasetCatalog.remove("tiny")
-    MetadataCatalog.remove("tiny")
+    forget_the_data()
+
+
+def forget_the_data():
+    if "tiny" in DatasetCatalog:
+        DatasetCatalog.remove("tiny")
+        MetadataCatalog.remove("tiny")
 
 
 def test_it_is_evaluated_as_it_was(run):

@@ -92,14 +92,6 @@ def test_a_loss_scale_changes_neither_the_step_nor_the_clipping():
     assert_same(model, expected)
 
 
-def test_without_a_clipper_gradients_are_left_alone():
-    model = TwoLosses()
-    start = copy.deepcopy(model)
-    run(make_step(model, clip=total_norm))
-    moved = sum((p - q).square().sum() for p, q in zip(model.parameters(), start.parameters(), strict=True))
-    assert moved.sqrt() > 0.1 * 0.5 * 2
-
-
 def test_forward_runs_in_the_chosen_precision_and_parameters_stay_float32():
     model, seen = TwoLosses(), []
     model.linear.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))

@@ -88,15 +88,6 @@ def test_a_run_attends_with_one_choice_of_kernels_and_leaves_torchs_own(tiny_run
     assert seen == {"test": {allowed}}
 
 
-def test_evaluation_leaves_the_model_in_training_mode_and_able_to_train(tiny_run, nano_mvit):
-    cfg, _ = parsed(tiny_run(nano_mvit))
-    trainer = Trainer(cfg)
-    Trainer.test(cfg, trainer.model)
-    assert trainer.model.training
-    with EventStorage():
-        trainer.run_step()
-
-
 def test_resuming_restores_weights_optimizer_schedule_and_iteration(tiny_run, nano_mvit, tmp_path):
     schedule = ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", "(1,)")
     schedule += ("SOLVER.BASE_LR", "0.001", "DATASETS.TEST", "()")

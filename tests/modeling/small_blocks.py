@@ -3,38 +3,41 @@
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from rev_det.modeling.kept_attention import attention
+from rev_det.modeling.reversible import ReversibleSequence
 
 DIM = 8
+REBUILT = ("reversible", "checkpoint")
 
 
 class Attention(nn.Module):
     """Self-attention of one head, with an additive context if it is given one."""
 
-    def __init__(self, dim=DIM, parts=1):
+    def __init__(self, parts=1, attend=attention):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
-        self.number = parts
+        self.norm = nn.LayerNorm(DIM)
+        self.qkv = nn.Linear(DIM, 3 * DIM)
+        self.out = nn.Linear(DIM, DIM)
+        self.number, self.attend = parts, attend
 
     def forward(self, x, context=None):
         y = self.norm(x) if context is None else self.norm(x) + context
         q, k, v = self.qkv(y)[:, None].chunk(3, dim=-1)
-        return self.out(attention(q, k, v)[:, 0])
+        return self.out(self.attend(q, k, v)[:, 0])
 
     def parts(self, x):
         return 0, self.number  # samples
 
 
 class Mlp(nn.Module):
-    def __init__(self, dim=DIM, dropout=0.0, parts=1):
+    def __init__(self, dropout=0.0, parts=1):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.hidden = nn.Linear(dim, 2 * dim)
+        self.norm = nn.LayerNorm(DIM)
+        self.hidden = nn.Linear(DIM, 2 * DIM)
         self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(2 * dim, dim)
+        self.out = nn.Linear(2 * DIM, DIM)
         self.number = parts
 
     def forward(self, x):
@@ -73,14 +76,24 @@ def step(sequence, x1, x2, *args, masks=None, seed=3):
 
 
 def assert_same(actual, expected, tolerance=1e-10):
-    """Losses and gradients are the same up to float64 rounding."""
-    torch.testing.assert_close(actual[0], expected[0], rtol=tolerance, atol=tolerance)
-    assert_same_gradients(actual[1], expected[1], tolerance)
+    """Losses and gradients are the same up to rounding, measured against the largest; some may be None."""
+    actual, expected = tree_leaves(actual), tree_leaves(expected)
+    scale = max((float(x.detach().abs().max()) for x in expected if x is not None), default=0.0)
+    for x, y in zip(actual, expected, strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(x, y, rtol=0, atol=tolerance * scale)
 
 
-def assert_same_gradients(actual, expected, tolerance=1e-10):
-    scale = max((float(g.abs().max()) for g in expected if g is not None), default=0.0)
-    for grad, expected_grad in zip(actual, expected, strict=True):
-        assert (grad is None) == (expected_grad is None)
-        if grad is not None:
-            torch.testing.assert_close(grad, expected_grad, rtol=0, atol=tolerance * scale)
+def assert_as_cached(run, *modes):
+    """What a function of the activation mode returns, loss and gradients, is that of ordinary autograd."""
+    expected = run("cached")
+    for mode in modes or ("reversible",):
+        assert_same(run(mode), expected)
+
+
+def assert_equals_cached(body, *inputs, modes=("reversible",), keep_attention=False, **options):
+    """A sequence of these blocks has the loss and the gradients of ordinary autograd."""
+    assert_as_cached(
+        lambda mode: step(ReversibleSequence(body, mode, keep_attention), *inputs, **options), *modes
+    )

@@ -5,8 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from small_blocks import DIM, Attention, Mlp, assert_same, assert_same_gradients, blocks, step, stream
-from torch import nn
+from small_blocks import DIM, REBUILT, Attention, Mlp, assert_equals_cached, assert_same, blocks, step, stream
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,80 +29,53 @@ class Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class TorchAttention(Attention):
-    """Somebody's F, which calls torch's own function."""
-
-    def forward(self, x):
-        q, k, v = self.qkv(self.norm(x))[:, None].chunk(3, dim=-1)
-        return self.out(scaled_dot_product_attention(q, k, v)[:, 0])
-
-
 @pytest.mark.parametrize(
-    "F, activations, keep_attention, forwards",
+    "options, activations, keep_attention, forwards, backwards",
     [
-        (Attention, "reversible", True, 3),
-        (Attention, "reversible", False, 6),
-        (Attention, "checkpoint", True, 3),
-        (Attention, "checkpoint", False, 6),
-        (TorchAttention, "reversible", True, 6),
-        (partial(Attention, parts=2), "reversible", True, 6),
+        ({}, "reversible", True, 3, 3),
+        ({}, "reversible", False, 6, 3),
+        ({}, "checkpoint", True, 3, 3),
+        ({}, "checkpoint", False, 6, 3),
+        ({"attend": scaled_dot_product_attention}, "reversible", True, 6, 3),  # somebody's F
+        ({"parts": 2}, "reversible", True, 6, 6),
     ],
 )
-def test_kept_attention_is_not_computed_again(F, activations, keep_attention, forwards):
-    x = stream().requires_grad_()
-    sequence = ReversibleSequence(blocks(3, F=F), activations, keep_attention)
+def test_kept_attention_is_not_computed_again(options, activations, keep_attention, forwards, backwards):
+    x, body = stream().requires_grad_(), blocks(3, F=partial(Attention, **options))
     with Count() as count:
-        loss, grads = step(sequence, x, x)
-    backwards = 6 if isinstance(F, partial) else 3
+        step(ReversibleSequence(body, activations, keep_attention), x, x)
     assert count.runs == {"forward": forwards, "backward": backwards}
-    assert_same((loss, grads), step(ReversibleSequence(sequence.blocks, "cached"), x, x))
+    assert_equals_cached(body, x, x, modes=[activations], keep_attention=keep_attention)
 
 
-class DroppedAttention(nn.Module):
+def dropped(q, k, v):
     """Attention with dropout, which is never kept, between two attentions without."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(DIM, DIM)
-
-    def forward(self, x):
-        q = self.linear(x)[:, None]
-        q = attention(q, 2 * q, q, scale=0.7)
-        q = scaled_dot_product_attention(q, q, q, dropout_p=0.3)
-        return attention(q, q, 3 * q)[:, 0]
+    q = attention(q, k, v, scale=0.7)
+    q = scaled_dot_product_attention(q, k, v, dropout_p=0.3)
+    return attention(q, k, 3 * v)
 
 
-@pytest.mark.parametrize("activations", ["reversible", "checkpoint"])
 @pytest.mark.parametrize("keep_attention", [True, False])
-def test_dropout_of_attention_is_repeated_beside_kept_attention(activations, keep_attention):
-    body = blocks(3, F=DroppedAttention, G=partial(Mlp, dropout=0.2))
+def test_dropout_of_attention_is_repeated_beside_kept_attention(keep_attention):
+    body = blocks(3, F=partial(Attention, attend=dropped), G=partial(Mlp, dropout=0.2))
     x = stream().requires_grad_()
-    expected = step(ReversibleSequence(body, "cached"), x, x)
-    assert_same(step(ReversibleSequence(body, activations, keep_attention), x, x), expected)
-    with pytest.raises(AssertionError):  # the dropout does something
-        assert_same(step(ReversibleSequence(body, "cached"), x, x, seed=4), expected)
+    assert_equals_cached(body, x, x, modes=REBUILT, keep_attention=keep_attention)
+    first, second = (step(ReversibleSequence(body, "cached"), x, x, seed=seed)[0] for seed in (3, 4))
+    assert first != second, "the dropout does nothing"
 
 
-class TwoKernels(nn.Module):
-    """Its first attention is computed by no fused kernel, its second by one."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(DIM, DIM)
-
-    def forward(self, x):
-        q = self.linear(x)[:, None]
-        with sdpa_kernel(SDPBackend.MATH):
-            y = attention(q, q, q)
-        return attention(y, q, y * 2)[:, 0]
+def two_kernels(q, k, v):
+    """The first attention is computed by no fused kernel, the second by one."""
+    with sdpa_kernel(SDPBackend.MATH):
+        y = attention(q, k, v)
+    return attention(y, k, v)
 
 
 def test_kept_attention_stays_in_step_when_a_call_keeps_nothing():
-    x = stream().requires_grad_()
-    body = blocks(3, F=TwoKernels)
-    expected = step(ReversibleSequence(body, "cached"), x, x)
+    x, body = stream().requires_grad_(), blocks(3, F=partial(Attention, attend=two_kernels))
+    assert_equals_cached(body, x, x, keep_attention=True)
     with Count() as count:
-        assert_same(step(ReversibleSequence(body, keep_attention=True), x, x), expected)
+        step(ReversibleSequence(body, keep_attention=True), x, x)
     assert count.runs["forward"] == 3
 
 
@@ -117,7 +89,7 @@ def test_kept_attention_when_another_kernel_is_chosen_in_the_backward_pass(in_fo
     with sdpa_kernel(kernels[not in_forward]):
         y = sequence(x, x)[0]
     with sdpa_kernel(kernels[in_forward]):
-        assert_same_gradients(torch.autograd.grad(y.sum(), wanted), expected)
+        assert_same(torch.autograd.grad(y.sum(), wanted), expected)
 
 
 class Checkpointed(Attention):
@@ -141,14 +113,11 @@ NESTED = [partial(Nested, *options) for options in itertools.product(ACTIVATIONS
 
 
 @pytest.mark.parametrize("F", [Checkpointed, *NESTED])
-@pytest.mark.parametrize("activations", ["reversible", "checkpoint"])
 @pytest.mark.parametrize("keep_attention", [True, False])
 @pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context:FutureWarning")
-def test_checkpoints_and_sequences_inside_f(F, activations, keep_attention):
+def test_checkpoints_and_sequences_inside_f(F, keep_attention):
     x1, x2 = stream().requires_grad_(), stream(seed=2).requires_grad_()
-    body = blocks(2, F=F)
-    expected = step(ReversibleSequence(body, "cached"), x1, x2)
-    assert_same(step(ReversibleSequence(body, activations, keep_attention), x1, x2), expected)
+    assert_equals_cached(blocks(2, F=F), x1, x2, modes=REBUILT, keep_attention=keep_attention)
 
 
 def test_attention_of_f_is_kept_beside_a_sequence_inside_f():
@@ -159,24 +128,16 @@ def test_attention_of_f_is_kept_beside_a_sequence_inside_f():
     assert count.runs["forward"] == 2 * (3 + 2)
 
 
-class InPlace(Attention):
-    def forward(self, x):
-        q, k, v = self.qkv(self.norm(x))[:, None].chunk(3, dim=-1)
-        return self.out(attention(q, k, v).add_(q)[:, 0])
-
-
 @pytest.mark.parametrize("keep_attention", [True, False])
 def test_a_result_of_attention_that_is_changed_in_place_is_noticed(keep_attention):
-    x = stream().requires_grad_()
-    y, _ = ReversibleSequence(blocks(2, F=InPlace), keep_attention=keep_attention)(x, x)
+    x, body = stream().requires_grad_(), blocks(2, F=partial(Attention, attend=in_place))
+    y, _ = ReversibleSequence(body, keep_attention=keep_attention)(x, x)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
-def reference(q, k, v, scale):
-    """The attention written out, in float64."""
-    q, k, v = (x.double() for x in (q, k, v))
-    return (q @ k.transpose(-2, -1) * scale).softmax(-1) @ v
+def in_place(q, k, v):
+    return attention(q, k, v).add_(q)
 
 
 SHAPES = {  # (B, heads, Nq, Nk, d, dv)
@@ -199,13 +160,14 @@ def test_any_shape_gives_the_attention_and_says_once_if_nothing_is_kept(shape, d
     sizes = ((queries, width), (keys, width), (keys, width_v))
     inputs = [torch.randn(batch, heads, *n, generator=generator).to(dtype).requires_grad_() for n in sizes]
     q, k, v = inputs
-    expected = reference(q, k, v, width**-0.5 if scale is None else scale)
+    logits = q.double() @ k.double().transpose(-2, -1) * (width**-0.5 if scale is None else scale)
+    expected = logits.softmax(-1) @ v.double()
     dout = torch.randn(expected.shape, generator=generator)
     expected_grads = torch.autograd.grad(expected, inputs, dout.double())
     empty = not expected.numel()
     as_wide = v if width < width_v else k  # narrower values are widened
     fused = not empty and torch._fused_sdp_choice(q, k, as_wide) != SDPBackend.MATH.value
-
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
     kept_attention._say_not_kept.cache_clear()
     for _ in range(2):
         with torch.no_grad():
@@ -215,10 +177,8 @@ def test_any_shape_gives_the_attention_and_says_once_if_nothing_is_kept(shape, d
             grads = torch.autograd.grad(y, inputs, dout.to(dtype))
         assert torch.equal(first, y) and y.dtype == dtype
         assert not (fused and count.runs["forward"])
-        tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
-        torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
-        for grad, expected_grad in zip(grads, expected_grads, strict=True):
-            torch.testing.assert_close(grad.double(), expected_grad.double(), rtol=tolerance, atol=tolerance)
+        for found, wanted in zip((y, *grads), (expected, *expected_grads), strict=True):
+            torch.testing.assert_close(found.double(), wanted.double(), rtol=tolerance, atol=tolerance)
     assert [kept_one is None for kept_one in kept] == [not fused]
     said = [record.message for record in caplog.records if "cannot be kept" in record.message]
     assert len(said) == (not fused and not empty)
@@ -244,11 +204,8 @@ def test_every_kernel_of_a_gpu_is_kept_and_has_the_gradients_of_ordinary_autogra
     """Where the kernel takes such heads; where torch pads these for it, nothing is kept."""
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).cuda()
     grads, forwards = {}, {}
-    for name, activations, enabled in (
-        ("exact", "cached", False),
-        ("cached", "cached", True),
-        ("kept", "reversible", True),
-    ):
+    cases = ("exact", "cached", False), ("cached", "cached", True), ("kept", "reversible", True)
+    for name, activations, enabled in cases:
         torch.manual_seed(0)
         model = RevViT(8, embed_dim=2 * width, depth=3, num_heads=2, pretrain_img_size=64).cuda()
         model.activations = activations
@@ -276,7 +233,7 @@ def test_every_kernel_of_a_gpu_is_kept_and_has_the_gradients_of_ordinary_autogra
 @pytest.mark.gpu
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 def test_random_numbers_on_a_gpu_are_repeated(activations):
-    body = blocks(3, dtype=torch.float32, F=DroppedAttention, G=partial(Mlp, dropout=0.4))
+    body = blocks(3, dtype=torch.float32, F=partial(Attention, attend=dropped), G=partial(Mlp, dropout=0.4))
     sequence = ReversibleSequence(body, "cached").cuda()
     x = stream(dtype=torch.float32).cuda().requires_grad_()
     expected = step(sequence, x, x)

@@ -8,36 +8,16 @@ from rev_det.checkpoint import convert_state_dict
 from rev_det.modeling import RevMViT, RevViT
 from rev_det.modeling.reversible import ACTIVATIONS, run_blocks
 
+# Of each the seeds of its image and of its loss, and its sizes.
 TINY = {
-    "tiny_rev_vit": (
-        RevViT,
-        201,
-        301,
-        {"embed_dim": 32, "depth": 4, "num_heads": 4, "pretrain_img_size": 64},
-    ),
+    "tiny_rev_vit": (RevViT, 201, 301, dict(embed_dim=32, depth=4, num_heads=4)),
     "tiny_rev_mvit": (
-        RevMViT,
-        202,
-        302,
-        {
-            "embed_dim": 16,
-            "depth": 6,
-            "last_block_indexes": (0, 2, 5),
-            "pretrain_img_size": 64,
-            "out_features": ("scale4",),
-        },
+        *(RevMViT, 202, 302),
+        dict(embed_dim=16, depth=6, last_block_indexes=(0, 2, 5), out_features=("scale4",)),
     ),
     "tiny_rev_mvit_4stage": (
-        RevMViT,
-        203,
-        303,
-        {
-            "embed_dim": 8,
-            "depth": 8,
-            "last_block_indexes": (0, 2, 5, 7),
-            "pretrain_img_size": 64,
-            "out_features": ("scale5",),
-        },
+        *(RevMViT, 203, 303),
+        dict(embed_dim=8, depth=8, last_block_indexes=(0, 2, 5, 7), out_features=("scale5",)),
     ),
 }
 FULL = {
@@ -80,43 +60,18 @@ def logits_of(feature_map, state):
     return torch.nn.functional.linear(mean, state["head.projection.weight"], state["head.projection.bias"])
 
 
-def run_full(name):
-    """The vectors of a full-size model and, under their names, what ours computes."""
+@pytest.mark.parametrize("name", FULL)
+def test_full_size_models_match_every_activation_and_the_logits(name):
     cls, seed, arguments = FULL[name]
     vectors = Vectors(f"parity_{name}.npz")
     state = vectors.state()
     model = build(cls, state, **arguments).eval()
     with torch.no_grad():
         x = image((2, 3, 224, 224), seed)
-        found = walk(model, x)
         (feature_map,) = model(x).values()
-    return vectors, {**found, "logits": logits_of(feature_map, state)}
-
-
-def run_tiny(name, **options):
-    """The same of a tiny model, with the loss and, as ``grad|KEY``, the gradients under the official keys."""
-    cls, image_seed, loss_seed, arguments = TINY[name]
-    vectors = Vectors("parity_tiny.npz", f"{name}|")
-    state = {key: value.requires_grad_() for key, value in vectors.state().items()}
-    model = build(cls, state, **options, **arguments).train()
-    x = image((2, 3, 64, 64), image_seed).requires_grad_()
-    (feature_map,) = model(x).values()
-    logits = logits_of(feature_map, state)
-    loss = (logits * image((2, 10), loss_seed)).mean()
-    loss.backward()
-    officials = our_names(state)
-    grads = {f"grad|{officials[key]}": p.grad for key, p in model.named_parameters()}
-    grads |= {f"grad|{key}": state[key].grad for key in state if key.startswith("head.")}
-    found = {**walk(model, x), "logits": logits, "loss": loss, "grad_image": x.grad}
-    return vectors, {**found, **grads}
-
-
-@pytest.mark.parametrize("name", FULL)
-def test_full_size_models_match_every_activation_and_the_logits(name):
-    vectors, found = run_full(name)
-    compared = vectors.names()
-    assert len(compared) >= 12
-    for key in compared:
+        found = {**walk(model, x), "logits": logits_of(feature_map, state)}
+    assert len(vectors.names()) >= 12
+    for key in vectors.names():
         assert vectors.error(key, found[key]) < 1e-9, key
 
 
@@ -124,10 +79,22 @@ def test_full_size_models_match_every_activation_and_the_logits(name):
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 @pytest.mark.parametrize("name", TINY)
 def test_tiny_models_match_all_activations_and_all_gradients(name, activations, keep_attention):
-    vectors, found = run_tiny(name, activations=activations, keep_attention=keep_attention)
-    compared = vectors.names()
-    assert len([key for key in compared if key.startswith("grad|")]) == len(vectors.state())
-    for key in compared:
+    cls, image_seed, loss_seed, sizes = TINY[name]
+    vectors = Vectors("parity_tiny.npz", f"{name}|")
+    state = {key: value.requires_grad_() for key, value in vectors.state().items()}
+    sizes = {**sizes, "pretrain_img_size": 64}
+    model = build(cls, state, activations=activations, keep_attention=keep_attention, **sizes).train()
+    x = image((2, 3, 64, 64), image_seed).requires_grad_()
+    (feature_map,) = model(x).values()
+    logits = logits_of(feature_map, state)
+    loss = (logits * image((2, 10), loss_seed)).mean()
+    loss.backward()
+    found = {**walk(model, x), "logits": logits, "loss": loss, "grad_image": x.grad}
+    officials = our_names(state)
+    found |= {f"grad|{officials[key]}": p.grad for key, p in model.named_parameters()}
+    found |= {f"grad|{key}": state[key].grad for key in state if key.startswith("head.")}
+    assert len(vectors.names("grad|")) == len(state)
+    for key in vectors.names():
         if key.startswith("grad|") and vectors.largest(key) < 1e-12:
             # A constant added to all keys cancels in the softmax.
             assert found[key].abs().max() < 1e-12, key
@@ -140,8 +107,8 @@ def test_drop_path_matches_recorded_masks(activations):
     vectors = Vectors("parity_tiny.npz", "droppath|")
     arrays = vectors.arrays
     state = Vectors("parity_tiny.npz", "tiny_rev_vit|").state()
-    cls, _, _, arguments = TINY["tiny_rev_vit"]
-    model = build(cls, state, activations=activations, **arguments).train()
+    cls, _, _, sizes = TINY["tiny_rev_vit"]
+    model = build(cls, state, activations=activations, pretrain_img_size=64, **sizes).train()
     keep = 1.0 - arrays["droppath|prob"]
     masks = [
         tuple(torch.from_numpy(arrays[f"droppath|mask|layer{i:02d}.{b}"]).double() / keep[i] for b in "FG")

@@ -7,7 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_blocks import DIM, Mlp, assert_same, assert_same_gradients, blocks, step, stream
+from small_blocks import (
+    DIM,
+    REBUILT,
+    Mlp,
+    assert_as_cached,
+    assert_equals_cached,
+    assert_same,
+    blocks,
+    step,
+    stream,
+)
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.nn.utils import parametrizations, parametrize
@@ -17,30 +27,6 @@ from torch.utils.checkpoint import checkpoint
 from rev_det.modeling.layers import Linear
 from rev_det.modeling.repetition import CallRecord, Generators, Replay, recompute, recompute_each
 from rev_det.modeling.reversible import ACTIVATIONS, ReversibleSequence
-
-
-class Noisy(nn.Module):
-    """Adds numbers of a generator to its input."""
-
-    def __init__(self, generator=None):
-        super().__init__()
-        self.generator = generator
-
-    def forward(self, x):
-        return x + torch.rand(x.shape, dtype=x.dtype, generator=self.generator)
-
-
-class Generator:
-    """Stands for the module of an accelerator (torch.xpu, …) with one device."""
-
-    def __init__(self):
-        self.generator = torch.Generator().manual_seed(0)
-
-    def get_rng_state(self, device):
-        return self.generator.get_state()
-
-    def set_rng_state(self, state, device):
-        self.generator.set_state(state)
 
 
 def repeated(record, number, x):
@@ -53,18 +39,23 @@ def repeated(record, number, x):
 
 @pytest.mark.parametrize("kind", ["cuda", "xpu"])
 def test_the_generator_of_any_accelerator_is_replayed_and_then_left_as_it_was(kind, monkeypatch):
-    accelerator = Generator()
-    monkeypatch.setattr(torch, "get_device_module", lambda device: accelerator)
+    generator = torch.Generator().manual_seed(0)
+    module = SimpleNamespace(
+        get_rng_state=lambda device: generator.get_state(),
+        set_rng_state=lambda state, device: generator.set_state(state),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    module, x = Noisy(accelerator.generator), stream()
-    record = CallRecord([(module, [module])], Generators(torch.device(kind, 0)))
+    x = stream()
+    noise = partial(torch.rand, x.shape, dtype=x.dtype, generator=generator)
+    record = CallRecord([(lambda x: x + noise(), [])], Generators(torch.device(kind, 0)))
     results = [record.first(0, x), record.first(0, x)]
     assert not torch.equal(*results)
     torch.rand(1)
-    before = accelerator.generator.get_state(), torch.get_rng_state()
+    before = generator.get_state(), torch.get_rng_state()
     for i in (1, 0, 1):
         assert torch.equal(repeated(record, i, x), results[i])
-    assert torch.equal(accelerator.generator.get_state(), before[0])
+    assert torch.equal(generator.get_state(), before[0])
     assert torch.equal(torch.get_rng_state(), before[1])
 
 
@@ -72,8 +63,7 @@ def test_while_a_cuda_graph_is_captured_its_generator_is_left_alone(monkeypatch)
     """Reading or setting it is an error then."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
-    module, x = nn.GELU(), stream()
-    record = CallRecord([(module, [module])], Generators(torch.device("cuda", 0)))
+    record, x = CallRecord([(torch.sin, [])], Generators(torch.device("cuda", 0))), stream()
     assert torch.equal(record.first(0, x), repeated(record, 0, x))
 
 
@@ -91,20 +81,22 @@ class Normed(nn.Module):
 def test_modules_put_into_eval_mode_before_the_backward_pass(G):
     """Ordinary autograd has the gradients of the forward pass as it was; so has the rebuild."""
     x = stream().requires_grad_()
-    results = []
-    for activations in ("reversible", "cached"):
+
+    def run(activations):
         sequence = ReversibleSequence(blocks(3, G=G), activations)
         torch.manual_seed(0)
         y1, y2 = sequence(x, x)
         last = sequence.blocks[0].G
         loss = (y1 * (last(y2) if activations == "cached" else recompute(last, y2))).sin().sum()
         sequence.eval()
-        results.append((loss, torch.autograd.grad(loss, [x, *sequence.parameters()])))
+        grads = torch.autograd.grad(loss, [x, *sequence.parameters()])
         assert not any(m.training for m in sequence.modules()), "the rebuild changed the modules' mode"
-    assert_same(*results)
+        return loss, grads
+
+    assert_as_cached(run)
 
 
-@pytest.mark.parametrize("activations", ["reversible", "checkpoint"])
+@pytest.mark.parametrize("activations", REBUILT)
 def test_batch_norm_updates_its_statistics_twice_which_another_momentum_undoes(activations):
     x = stream(batch=4)
     momentum = {"cached": 0.1, activations: 1 - 0.9**0.5}
@@ -136,21 +128,21 @@ def test_the_rebuild_enters_the_autocast_state_of_the_forward_pass():
 
 @pytest.mark.parametrize("where", ["F", "F.out", "G", "G.out"])
 def test_a_forward_hook_may_change_what_a_module_returns(where):
-    def make():
-        body = blocks(2)
-        body[0].get_submodule(where).register_forward_hook(lambda module, inputs, y: y.sin())
-        return body
+    body, x = blocks(2), stream().requires_grad_()
+    without = ReversibleSequence(body)(x, x)[0]
+    body[0].get_submodule(where).register_forward_hook(lambda module, inputs, y: y.sin())
+    assert_equals_cached(body, x, x)
+    assert not torch.equal(ReversibleSequence(body)(x, x)[0], without)
 
-    x = stream().requires_grad_()
-    expected = step(ReversibleSequence(make(), "cached"), x, x)
-    assert_same(step(ReversibleSequence(make()), x, x), expected)
-    with pytest.raises(AssertionError):  # the hook does something
-        assert_same(step(ReversibleSequence(blocks(2), "cached"), x, x), expected)
+
+def on_cpu(function, x):
+    with save_on_cpu():
+        return function(x)
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 @pytest.mark.parametrize("keep_attention", [True, False])
-@pytest.mark.parametrize("inside", ["save_on_cpu", "checkpoint"])
+@pytest.mark.parametrize("inside", [on_cpu, partial(checkpoint, use_reentrant=False)])
 @pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context:FutureWarning")
 def test_inside_hooks_on_saved_tensors(activations, keep_attention, inside):
     """They hand out copies of the tensors that were saved, and only once."""
@@ -163,12 +155,7 @@ def test_inside_hooks_on_saved_tensors(activations, keep_attention, inside):
 
     wanted = [x, *sequence.parameters()]
     expected = torch.autograd.grad(loss_of(x), wanted)
-    if inside == "checkpoint":
-        loss = checkpoint(loss_of, x, use_reentrant=False)
-    else:
-        with save_on_cpu():
-            loss = loss_of(x)
-    assert_same_gradients(torch.autograd.grad(loss, wanted), expected)
+    assert_same(torch.autograd.grad(inside(loss_of, x), wanted), expected)
 
 
 class Fails(nn.Module):
@@ -229,9 +216,8 @@ def test_linear_layers_have_their_weights_cast_and_float32_gradients(shared):
         assert torch.equal(y, expected)
     grads = torch.autograd.grad(y.float().sin().sum(), wanted)
     expected_grads = torch.autograd.grad(expected.float().sin().sum(), wanted)
-    for grad, expected_grad in zip(grads, expected_grads, strict=True):
-        assert grad.dtype == torch.float32
-        torch.testing.assert_close(grad, expected_grad, rtol=1e-2, atol=1e-2)
+    assert all(grad.dtype == torch.float32 for grad in grads)
+    assert_same(grads, expected_grads, tolerance=1e-2)
     ordinary, copied = (torch.float32, torch.float32), (torch.bfloat16, torch.float32)
     assert module.seen == [copied, ordinary, copied]
 
@@ -249,10 +235,8 @@ def test_recompute_equals_ordinary_autograd(parts):
     wanted = [x, y, *block.G.parameters(), *wide.parameters()]
     for exponent in (None, 2):
         results = []
-        for result in (
-            recompute(call, x, y, exponent, parts=parts, modules=[block.G, wide]),
-            call(x, y, exponent),
-        ):
+        in_parts = recompute(call, x, y, exponent, parts=parts, modules=[block.G, wide])
+        for result in (in_parts, call(x, y, exponent)):
             loss = result.sin().sum()
             results.append((loss, torch.autograd.grad(loss, wanted, allow_unused=True)))
         assert_same(*results)
@@ -261,36 +245,26 @@ def test_recompute_equals_ordinary_autograd(parts):
 def test_recompute_each_equals_ordinary_autograd():
     """Also where a branch hands its gradient on unchanged, expands it, or has none."""
     trunk, linear = Mlp().double(), nn.Linear(DIM, 3, dtype=torch.float64)
-    branches = [lambda x: x, linear, lambda x: x.sum(-1), lambda x: linear.weight.sum() + torch.zeros_like(x)]
-    modules = [[trunk], [], [linear], [], [linear]]
+    branches = [
+        (lambda x: x, []),
+        (linear, [linear]),
+        (lambda x: x.sum(-1), []),
+        (lambda x: linear.weight.sum() + torch.zeros_like(x), [linear]),
+    ]
     x = stream().requires_grad_()
     wanted = [x, *trunk.parameters(), *linear.parameters()]
     results = []
-    used = [(trunk, modules[0]), *zip(branches, modules[1:], strict=True)]
-    for y in (recompute_each(used[0], used[1:], x), [b(trunk(x)) for b in branches]):
+    for y in (recompute_each((trunk, [trunk]), branches, x), [b(trunk(x)) for b, _ in branches]):
         given = [torch.ones_like(z) for z in y]
         results.append(torch.autograd.grad(y, wanted, given))
         assert all(bool((dz == 1).all()) for dz in given), "the caller's gradient was changed"
-    assert_same_gradients(*results)
-
-
-class Slow(nn.Module):
-    """Lets other threads in between its two layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(DIM, DIM, dtype=torch.float64) for _ in range(2))
-
-    def forward(self, x):
-        y = self.layers[0](x)
-        time.sleep(0.001)
-        return self.layers[1](y)
+    assert_same(*results)
 
 
 def test_threads_that_share_a_module_leave_it_its_parameters_and_all_gradients():
     body = blocks(3)
-    for block in body:
-        block.F, block.G = Slow(), Slow()
+    for layer in (layer for block in body for layer in (block.F.qkv, block.G.hidden)):
+        layer.register_forward_hook(lambda *_: time.sleep(0.001))  # lets other threads in
     sequence, x = ReversibleSequence(body), stream()
     parameters = list(sequence.parameters())
 
@@ -311,17 +285,12 @@ def test_threads_that_share_a_module_leave_it_its_parameters_and_all_gradients()
 
 def test_parametrizations_that_the_caller_caches_get_their_gradients():
     """A weight that was computed in a first call, without gradients, must not be found in the second."""
-
-    def make():
-        body = blocks(2)
-        for block in body:
-            parametrizations.weight_norm(block.G.out)
-        return body
-
-    x = stream()
-    expected = step(ReversibleSequence(make(), "cached"), x, x)
+    body, x = blocks(2), stream()
+    for block in body:
+        parametrizations.weight_norm(block.G.out)
+    expected = step(ReversibleSequence(body, "cached"), x, x)
     with parametrize.cached():
-        assert_same(step(ReversibleSequence(make()), x, x), expected)
+        assert_same(step(ReversibleSequence(body), x, x), expected)
 
 
 @pytest.mark.parametrize("pack", [lambda x: [x], lambda x: (1, x), lambda x: {"context": [x]}])
@@ -339,15 +308,9 @@ class SumOfLeaves(nn.Module):
 
 
 def test_masks_that_want_a_gradient_and_parts_that_are_none_are_refused():
-    body, x = blocks(2), stream()
+    body, x = blocks(1, G=partial(Mlp, parts=0)), stream().requires_grad_()
     mask = torch.ones(len(x), dtype=torch.float64, requires_grad=True)
     with pytest.raises(ValueError, match="masks get no gradient .* use activations='cached'"):
-        ReversibleSequence(body)(x, x, masks=[(mask, None)] * 2)
-
-    class NoParts(Mlp):
-        def parts(self, x):
-            return 1, 0
-
-    body[0].G = NoParts().double()
-    with pytest.raises(ValueError, match="NoParts must return .* at least 1"):
-        ReversibleSequence(body)(x.requires_grad_(), x)
+        ReversibleSequence(body)(x, x, masks=[(mask, None)])
+    with pytest.raises(ValueError, match="Mlp must return .* at least 1"):
+        ReversibleSequence(body)(x, x)

@@ -1,13 +1,11 @@
 """The folder of a training run: a detector of a few channels with random weights, and its data."""
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.modeling import build_model
-from detectron2.utils.logger import setup_logger
 from nano_detector import CATEGORY_IDS, CLASSES, HEIGHT, WIDTH, nano_config
 
 from rev_det.checkpoint import RevCheckpointer
@@ -43,14 +41,3 @@ def make_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def nano_run(make_run, dataset_json) -> Path:
     return make_run(nano_config(dataset_json))
-
-
-@pytest.fixture(autouse=True)
-def restored_logger():
-    """The command sets up the package's logger for the whole process, with the streams of the first test."""
-    logger = logging.getLogger("rev_det")
-    saved = list(logger.handlers), logger.propagate, logger.level
-    yield
-    logger.handlers, logger.propagate = saved[:2]
-    logger.setLevel(saved[2])
-    setup_logger.cache_clear()

@@ -1,1 +1,0 @@
-"""Counting and measuring what training costs: memory, FLOPs, time."""
