@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # Keys from which a query's attention costs more to compute again than its result costs to keep.
 KEPT_FROM_KEYS = 1024
+# Values of a level of a pyramid below which its hidden features are rather kept.
+SMALL_LEVEL = 2**22
 # Fused kernels want heads of a multiple of this width in 16 bit.
 _ALIGNMENT = 8
 
@@ -230,7 +232,7 @@ class RecomputedBlock(_LessMemory):
         attend = [m for name, m in self.named_children() if name not in ("norm2", "mlp", "residual")]
         (y,) = recompute_each(
             (self.attend, attend),
-            [(partial(self.apply_mlp, mask=masks[1]), [self.norm2, self.mlp])],
+            [(partial(self.apply_mlp, mask=masks[1]), [self.norm2, self.mlp], self.mlp.fc2)],
             x,
             masks[0],
             *args,
@@ -323,12 +325,12 @@ class Recomputed(_LessMemory):
 
 
 class RecomputedRoIs(_LessMemory):
-    """For box heads, (R, C, S, S) -> (R, ...): computed again in parts of the RoIs."""
+    """For box heads, (R, C, S, S) -> (R, ...): convolutions are computed again in parts of the RoIs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _trains():
+        if not (_trains() and self.conv_norm_relus):  # what linear layers keep is small
             return super().forward(x)
-        return recompute(super().forward, x, parts=parts_along(0, x, 2 * x.numel()), modules=[self])
+        return recompute(super().forward, x, parts=parts_along(0, x, 16 * x.numel()), modules=[self])
 
 
 class RecomputedRoILayers(_LessMemory):
@@ -346,8 +348,14 @@ class RecomputedRPNHead(_LessMemory):
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         if not _trains():
             return super().forward(features)
-        branches = [(m, [m]) for m in (self.objectness_logits, self.anchor_deltas)]
-        levels = [recompute_each((self.conv, [self.conv]), branches, x) for x in features]
+        heads = [(m, [m], m) for m in (self.objectness_logits, self.anchor_deltas)]
+        levels = []
+        for x in features:
+            if x.numel() < SMALL_LEVEL:
+                hidden = self.conv(x)
+                levels.append([head(hidden) for head, *_ in heads])
+            else:
+                levels.append(recompute_each((self.conv, [self.conv]), heads, x))
         logits, deltas = zip(*levels, strict=True)
         return list(logits), list(deltas)
 
@@ -367,7 +375,7 @@ class RecomputedFPN(_LessMemory):
         for i, (name, lateral, output) in enumerate(
             zip(names, self.lateral_convs, self.output_convs, strict=True)
         ):
-            last, convolve = i == len(names) - 1, (output, [output])
+            last, convolve = i == len(names) - 1, (output, [output], output)
             merge = partial(self.merge, lateral, last), [lateral]
             if not last:
                 above, y = recompute_each(merge, [(_same, []), convolve], bottom_up[name], above)
@@ -385,9 +393,9 @@ class RecomputedFPN(_LessMemory):
         """The sum of a level; the last, which a convolution alone reads, in the type that this reads."""
         y = lateral(x)
         if above is not None:
-            # In place of what nobody else reads; autocast upsamples in float32, and so is the sum.
+            # In place of what nobody else reads. Autocast upsamples in float32 on CUDA, and so is the sum.
             upsampled = functional.interpolate(above, scale_factor=2.0, mode="nearest")
-            y = upsampled.add_(y) if upsampled.dtype == torch.promote_types(y.dtype, upsampled.dtype) else y + upsampled
+            y = upsampled.to(torch.promote_types(y.dtype, upsampled.dtype)).add_(y)
             y = y / 2 if self._fuse_type == "avg" else y
         return to_autocast_dtype(y) if last else y
 

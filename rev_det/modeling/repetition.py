@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from .kept_attention import AttentionTape, KeptResult
+from .unread import without_value
 
 Parts = tuple[int, int]  # the dimension along which an input is split, and the number of parts
 WHOLE = (0, 1)
@@ -62,7 +63,9 @@ class Generators:
 
 _swapping = threading.RLock()
 Slot = tuple[dict, str, Tensor]  # a module's parameters or buffers, the name of one, and that one
-Used = tuple[Callable[..., Tensor], Sequence[nn.Module]]  # a function and all modules that it uses
+# A function, all modules that it uses, and perhaps the last layer of it: one that nothing but sums and
+# multipliers follow, whose value the repeated call does without.
+Used = tuple[Callable[..., Tensor], Sequence[nn.Module]] | tuple[Callable, Sequence[nn.Module], nn.Module]
 
 
 class CallRecord:
@@ -79,7 +82,8 @@ class CallRecord:
     """
 
     def __init__(self, functions: Sequence[Used], generators: Generators, keep_attention: bool = False):
-        self.functions = [call for call, _ in functions]
+        self.functions = [call for call, *_ in functions]
+        self.last_layers = [used[2] if len(used) > 2 else None for used in functions]
         self.generators, self.keep_attention = generators, keep_attention
         self.autocast: tuple[str, bool, torch.dtype] | None = None
         kind = generators.device.type
@@ -97,7 +101,7 @@ class CallRecord:
         uncast: set[int] = set()
         seen: set[nn.Module] = set()
         with _swapping:  # or another thread's stand-ins would be taken for parameters
-            for _, modules in functions:
+            for _, modules, *_ in functions:
                 own: dict[int, Tensor] = {}
                 for m in _submodules(modules):
                     slots = [(m._parameters, name, x) for name, x in m._parameters.items() if x is not None]
@@ -234,7 +238,7 @@ class Replay:
         call = record.functions[function]
         if kept:
             call = partial(AttentionTape(kept).replay, call)
-        with _replaced(record.slots, self.values):
+        with _replaced(record.slots, self.values), without_value(record.last_layers[function]):
             changed = [m for m, training in record.training if m.training != training]
             try:
                 for m in changed:
@@ -351,6 +355,7 @@ def recompute(
     parts: Parts = WHOLE,
     modules: Sequence[nn.Module] | None = None,
     keep_attention: bool = False,
+    last: nn.Module | None = None,
 ) -> Tensor:
     """Apply a module and keep its inputs only; the backward pass computes the rest again.
 
@@ -363,10 +368,11 @@ def recompute(
             but for the last dimension and are treated independently along that dimension.
         modules: all modules whose parameters and buffers a function uses.
         keep_attention: keep what `kept_attention.attention` computes, too.
+        last: a layer that nothing but sums and multipliers follow: its product is not computed again.
     """
     if not torch.is_grad_enabled():
         return call(*inputs)
-    functions = [(call, (call,) if modules is None else modules)]
+    functions = [(call, (call,) if modules is None else modules, last)]
     return _recompute(functions, parts, keep_attention, inputs)
 
 
@@ -384,7 +390,7 @@ def recompute_each(
 
     Args:
         trunk: of the inputs, which are tensors and other values.
-        branches: of its result.
+        branches: of its result; each may have a third entry, a last layer as `recompute` has it.
         parts: (dimension, number) of the trunk's result, to which the branches are applied part by part.
         keep_attention: keep what `kept_attention.attention` computes, too.
 
@@ -393,7 +399,7 @@ def recompute_each(
     """
     if not torch.is_grad_enabled():
         x = trunk[0](*inputs)
-        return tuple(branch(x) for branch, _ in branches)
+        return tuple(branch(x) for branch, *_ in branches)
     return _recompute([trunk, *branches], parts, keep_attention, inputs)
 
 

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rev_det import low_memory
-from rev_det.modeling import layers
+from rev_det.modeling import layers, low_memory_forms
 
 
 def plain_vit(**options):
@@ -82,7 +82,7 @@ def assert_close(actual, expected, tolerance=1e-10):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_outputs_and_gradients_are_stock(name, keep_attention, values, monkeypatch):
     monkeypatch.setattr(layers, "PART_VALUES", values)
-    monkeypatch.setattr("rev_det.modeling.low_memory_forms.KEPT_FROM_KEYS", 1)
+    monkeypatch.setattr(low_memory_forms, "KEPT_FROM_KEYS", 1)
     stock, images = made(name)
     model = low_memory(copy.deepcopy(stock), keep_attention)
     assert model.low_memory.changed and not model.low_memory.left
@@ -202,6 +202,7 @@ def parts_of_detectors():
 @pytest.mark.usefixtures(nano_defaults.__name__)
 def test_pyramids_and_heads_are_exact(values, monkeypatch):
     monkeypatch.setattr(layers, "PART_VALUES", values)
+    monkeypatch.setattr(low_memory_forms, "SMALL_LEVEL", values // 2**12)
     for stock, inputs, method in parts_of_detectors():
         stock, inputs = stock.double().train(), tree_map(lambda x: x.double().requires_grad_(), inputs)
         results = []
