@@ -375,12 +375,14 @@ class RecomputedFPN(_LessMemory):
         for i, (name, lateral, output) in enumerate(
             zip(names, self.lateral_convs, self.output_convs, strict=True)
         ):
-            last, convolve = i == len(names) - 1, (output, [output], output)
-            merge = partial(self.merge, lateral, last), [lateral]
-            if not last:
-                above, y = recompute_each(merge, [(_same, []), convolve], bottom_up[name], above)
+            x = bottom_up[name]
+            if i < len(names) - 1:
+                merge = partial(self.merge, lateral), [lateral]
+                above, y = recompute_each(merge, [(_same, []), (output, [output], output)], x, above)
             else:
-                (y,) = recompute_each(merge, [convolve], bottom_up[name], above)
+                finest = partial(self.finest, lateral, output)
+                parts = parts_along(0, x, 4 * x[:, 0].numel() * output.out_channels)
+                y = recompute(finest, x, above, parts=parts, modules=[lateral, output], last=output)
             results.insert(0, y)
         if self.top_block is not None:
             name = self.top_block.in_feature
@@ -389,15 +391,19 @@ class RecomputedFPN(_LessMemory):
             )
         return dict(zip(self._out_features, results, strict=True))
 
-    def merge(self, lateral: nn.Module, last: bool, x: Tensor, above: Tensor | None) -> Tensor:
-        """The sum of a level; the last, which a convolution alone reads, in the type that this reads."""
+    def merge(self, lateral: nn.Module, x: Tensor, above: Tensor | None) -> Tensor:
+        """The sum of a level, which the next one and a convolution read."""
         y = lateral(x)
-        if above is not None:
-            # In place of what nobody else reads. Autocast upsamples in float32 on CUDA, and so is the sum.
-            upsampled = functional.interpolate(above, scale_factor=2.0, mode="nearest")
-            y = upsampled.to(torch.promote_types(y.dtype, upsampled.dtype)).add_(y)
-            y = y / 2 if self._fuse_type == "avg" else y
-        return to_autocast_dtype(y) if last else y
+        if above is None:
+            return y
+        # In place of what nobody else reads. Autocast upsamples in float32 on CUDA, and so is the sum.
+        upsampled = functional.interpolate(above, scale_factor=2.0, mode="nearest")
+        y = upsampled.to(torch.promote_types(y.dtype, upsampled.dtype)).add_(y)
+        return y / 2 if self._fuse_type == "avg" else y
+
+    def finest(self, lateral: nn.Module, output: nn.Module, x: Tensor, above: Tensor | None) -> Tensor:
+        """The result of the last level, in parts of the images."""
+        return output(to_autocast_dtype(self.merge(lateral, x, above)))
 
 
 class RecomputedRevFPN(RecomputedFPN):
