@@ -8,10 +8,10 @@ from .config import add_rev_det_config
 from .modeling import ReversibleSequence
 
 __version__ = "0.1.0"
-__all__ = ["ReversibleSequence", "__version__", "add_rev_det_config", "float32_boxes"]
+__all__ = ["ReversibleSequence", "__version__", "add_rev_det_config", "float32_boxes", "low_memory"]
 
 
 def __getattr__(name: str):
-    if name == "float32_boxes":  # needs Detectron2
-        return modeling.float32_boxes
+    if name in ("float32_boxes", "low_memory"):  # need Detectron2
+        return getattr(modeling, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,6 +20,8 @@ def add_rev_det_config(cfg: CfgNode) -> None:
 
     if "REV" in cfg.MODEL:
         return
+    # Compute Detectron2's own backbones, pyramids and heads with less memory: rev_det.low_memory.
+    cfg.MODEL.LOW_MEMORY = False
     # What both families share.
     rev = cfg.MODEL.REV = CN()
     # "reversible" rebuilds activations in the backward pass, "cached" is ordinary autograd,

@@ -23,7 +23,7 @@ from ..memory.measure import (
     unless_out_of_memory,
 )
 from ..memory.table import COUNTED, ESTIMATED, MEASURED, Figure, Row
-from .models import CACHED, DETECTRON2, TRAININGS, Model, build, has_baselines, stages
+from .models import CACHED, DETECTRON2, PEERS, TRAININGS, Model, build, has_baselines, stages
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -124,6 +124,8 @@ def _configured(case: Case, device: str) -> CfgNode:
     cfg.MODEL.DEVICE = device
     cfg.SOLVER.AMP.ENABLED = case.dtype != "fp32"
     cfg.SOLVER.AMP.DTYPE = "bf16"
+    if case.training in PEERS:
+        cfg.MODEL.LOW_MEMORY = False
     family, arguments = reversible_family(cfg), TRAININGS[case.training]
     if family is None:
         if case.depth is not None or arguments:

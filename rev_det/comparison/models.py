@@ -50,6 +50,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
     DETECTRON2: {},
     AS_CONFIGURED: {},
 }
+# Those in which Detectron2's own parts are computed as Detectron2 does.
+PEERS = (CACHED, CHECKPOINT, CHECKPOINT_KEPT, PAPER, DETECTRON2)
 
 
 def trainings(activations: Sequence[str], keep_attention: bool | None, peers: bool) -> list[str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from detectron2.modeling import build_model
 from torch import nn
 
-from ..modeling import float32_boxes
+from ..modeling import float32_boxes, low_memory
 from ..rules import value_of
 
 if TYPE_CHECKING:
@@ -30,16 +30,19 @@ BUILD_ERRORS = (
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
-    """Detectron2's ``build_model``, with `float32_boxes`: the detector that every command works with.
+    """Detectron2's ``build_model``, with `float32_boxes`, and `low_memory` if ``MODEL.LOW_MEMORY`` says so.
+
+    This is the detector that every command works with.
 
     Args:
         cfg: a config with rev_det's keys; no weights are loaded.
 
     Raises:
-        ValueError: the config cannot be built.
+        ValueError: the config cannot be built, or ``MODEL.LOW_MEMORY`` finds nothing to change.
     """
     with explained(cfg):
-        return float32_boxes(build_model(cfg))
+        model = float32_boxes(build_model(cfg))
+    return low_memory(model, cfg.MODEL.REV.KEEP_ATTENTION) if cfg.MODEL.LOW_MEMORY else model
 
 
 @contextlib.contextmanager

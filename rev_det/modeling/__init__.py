@@ -22,16 +22,17 @@ else:
             warnings.filterwarnings("ignore", "`torch.jit.script")
             from . import baselines, build
             from .float32 import float32_boxes
+            from .low_memory_forms import low_memory
             from .rev_mvit import RevMViT
             from .rev_vit import RevViT
 
-        __all__ += ["baselines", "build", "float32_boxes"]
+        __all__ += ["baselines", "build", "float32_boxes", "low_memory"]
     except Exception as error:
         _CAUSE = error
         _OBSTACLE = f"which cannot be imported ({type(error).__name__}: {error}); run `rev-det doctor`"
 
 
 def __getattr__(name: str):
-    if _OBSTACLE and name in ("RevMViT", "RevViT", "baselines", "build", "float32_boxes"):
+    if _OBSTACLE and name in ("RevMViT", "RevViT", "baselines", "build", "float32_boxes", "low_memory"):
         raise ImportError(f"rev_det.modeling.{name} needs Detectron2, {_OBSTACLE}") from _CAUSE
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -80,10 +80,12 @@ def _things(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def _obstacle(thing: Any, base: type, stock: type, methods: type) -> str:
     for method in vars(methods):
         replaced = getattr(stock, method, None)
-        if method.startswith("__") or replaced is None:
+        if method.startswith("__") or replaced is None or not callable(replaced):
             continue
         if getattr(base, method) is not replaced or method in vars(thing):
             return f"{base.__name__} has its own {method}(), not that of {stock.__name__}"
+    if reason := getattr(methods, "obstacle", lambda thing: "")(thing):
+        return reason
     if base.__reduce__ is not object.__reduce__ or base.__reduce_ex__ is not object.__reduce_ex__:
         return f"{base.__name__} has its own way of being copied"
     return ""

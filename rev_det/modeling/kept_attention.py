@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -96,22 +97,22 @@ class AttentionTape:
         finally:
             _running.tape = None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, keep: bool) -> Tensor:
         if self._position is None:
-            out, result = _compute(q, k, v, scale)
+            out, result = _compute(q, k, v, scale) if keep else (_fused(q, k, v, scale), None)
             self.results.append(result)
             return out
         result = self.results[self._position] if self._position < len(self.results) else None
         self._position += 1
         if result is None or _hooks_on_saved_tensors():
-            return scaled_dot_product_attention(q, k, v, scale=scale)
+            return _fused(q, k, v, scale)
         return _KeptAttention.apply(result.kernel, scale, q, k, v, *result.tensors)
 
 
 _running = threading.local()  # its attribute ``tape`` is the one in charge
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, keep: bool = True) -> Tensor:
     """softmax(scale q k^T) v, by the kernel that torch chooses.
 
     Args:
@@ -119,6 +120,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
         k: (B, heads, Nk, d).
         v: (B, heads, Nk, dv).
         scale: of the logits; None for 1 / sqrt(d).
+        keep: whether the result is worth keeping where a tape keeps results.
 
     Returns:
         (B, heads, Nq, dv), in autocast's type under autocast.
@@ -126,8 +128,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     # A graph that is being traced has no second call.
     tape = None if torch.compiler.is_compiling() else getattr(_running, "tape", None)
     if tape is None:
-        return scaled_dot_product_attention(q, k, v, scale=scale)
-    return tape.attend(*map(to_autocast_dtype, (q, k, v)), scale)
+        return _fused(q, k, v, scale)
+    return tape.attend(*map(to_autocast_dtype, (q, k, v)), scale, keep)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """torch's function; the CPU's fused kernel wants values as wide as queries."""
+    width = v.shape[-1]
+    out = scaled_dot_product_attention(q, k, _as_wide(v, q), scale=scale)
+    return out if out.shape[-1] == width else out[..., :width]
+
+
+def _as_wide(x: Tensor, q: Tensor) -> Tensor:
+    missing = q.shape[-1] - x.shape[-1]
+    return functional.pad(x, (0, missing)) if missing > 0 and x.device.type == "cpu" else x
 
 
 def _compute(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, KeptResult | None]:
@@ -137,8 +151,11 @@ def _compute(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tens
     # Hooks, of torch.utils.checkpoint for instance, would take what is read below for the backward pass.
     hooks = saved_tensors_hooks(_same, _same) if _hooks_on_saved_tensors() else nullcontext()
     with torch.enable_grad(), hooks:
-        out = scaled_dot_product_attention(*(x.detach().requires_grad_() for x in (q, k, v)), scale=scale)
+        q, k, wide = (x.detach().requires_grad_() for x in (q, k, _as_wide(v.detach(), q)))
+        out = scaled_dot_product_attention(q, k, wide, scale=scale)
     node, out = out.grad_fn, out.detach()
+    if wide.shape != v.shape:
+        out = out[..., : v.shape[-1]].contiguous()
     kernel = type(node).__name__
     if kernel not in _KERNELS:
         if out.numel() and not out.is_meta:
@@ -215,7 +232,9 @@ def _cudnn(dout, q, k, v, out, lse, cum_q, cum_k, seed, offset, scale):
 
 def _cpu(dout, q, k, v, out, lse, scale):
     backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return backward(dout, q, k, v, out, lse, 0.0, False, scale=scale)
+    dout, wide, out = (_as_wide(x, q) for x in (dout, v, out))
+    dq, dk, dv = backward(dout, q, k, wide, out, lse, 0.0, False, scale=scale)
+    return dq, dk, dv[..., : v.shape[-1]]
 
 
 class _Kernel(NamedTuple):

@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from .kept_attention import AttentionTape, KeptResult
+from .unread import without_value
 
 Parts = tuple[int, int]  # the dimension along which an input is split, and the number of parts
 WHOLE = (0, 1)
@@ -62,7 +63,9 @@ class Generators:
 
 _swapping = threading.RLock()
 Slot = tuple[dict, str, Tensor]  # a module's parameters or buffers, the name of one, and that one
-Used = tuple[Callable[..., Tensor], Sequence[nn.Module]]  # a function and all modules that it uses
+# A function, all modules that it uses, and perhaps the last layer of it: one that nothing but sums and
+# multipliers follow, whose value the repeated call does without.
+Used = tuple[Callable[..., Tensor], Sequence[nn.Module]] | tuple[Callable, Sequence[nn.Module], nn.Module]
 
 
 class CallRecord:
@@ -79,7 +82,8 @@ class CallRecord:
     """
 
     def __init__(self, functions: Sequence[Used], generators: Generators, keep_attention: bool = False):
-        self.functions = [call for call, _ in functions]
+        self.functions = [call for call, *_ in functions]
+        self.last_layers = [used[2] if len(used) > 2 else None for used in functions]
         self.generators, self.keep_attention = generators, keep_attention
         self.autocast: tuple[str, bool, torch.dtype] | None = None
         kind = generators.device.type
@@ -97,7 +101,7 @@ class CallRecord:
         uncast: set[int] = set()
         seen: set[nn.Module] = set()
         with _swapping:  # or another thread's stand-ins would be taken for parameters
-            for _, modules in functions:
+            for _, modules, *_ in functions:
                 own: dict[int, Tensor] = {}
                 for m in _submodules(modules):
                     slots = [(m._parameters, name, x) for name, x in m._parameters.items() if x is not None]
@@ -234,7 +238,7 @@ class Replay:
         call = record.functions[function]
         if kept:
             call = partial(AttentionTape(kept).replay, call)
-        with _replaced(record.slots, self.values):
+        with _replaced(record.slots, self.values), without_value(record.last_layers[function]):
             changed = [m for m, training in record.training if m.training != training]
             try:
                 for m in changed:
@@ -346,7 +350,12 @@ def part(x, dim: int, bounds: slice):
 
 
 def recompute(
-    call: Callable[..., Tensor], *inputs, parts: Parts = WHOLE, modules: Sequence[nn.Module] | None = None
+    call: Callable[..., Tensor],
+    *inputs,
+    parts: Parts = WHOLE,
+    modules: Sequence[nn.Module] | None = None,
+    keep_attention: bool = False,
+    last: nn.Module | None = None,
 ) -> Tensor:
     """Apply a module and keep its inputs only; the backward pass computes the rest again.
 
@@ -358,13 +367,22 @@ def recompute(
         parts: (dimension, number): apply the module to that many parts of its inputs, which have one shape
             but for the last dimension and are treated independently along that dimension.
         modules: all modules whose parameters and buffers a function uses.
+        keep_attention: keep what `kept_attention.attention` computes, too.
+        last: a layer that nothing but sums and multipliers follow: its product is not computed again.
     """
     if not torch.is_grad_enabled():
         return call(*inputs)
-    return _recompute([(call, (call,) if modules is None else modules)], parts, inputs)
+    functions = [(call, (call,) if modules is None else modules, last)]
+    return _recompute(functions, parts, keep_attention, inputs)
 
 
-def recompute_each(trunk: Used, branches: Sequence[Used], *inputs) -> tuple[Tensor, ...]:
+def recompute_each(
+    trunk: Used,
+    branches: Sequence[Used],
+    *inputs,
+    parts: Parts = WHOLE,
+    keep_attention: bool = False,
+) -> tuple[Tensor, ...]:
     """Apply several functions to one result and keep the inputs only.
 
     The backward pass computes that result again once, and then one function after the other: what only one of
@@ -372,44 +390,40 @@ def recompute_each(trunk: Used, branches: Sequence[Used], *inputs) -> tuple[Tens
 
     Args:
         trunk: of the inputs, which are tensors and other values.
-        branches: of its result.
+        branches: of its result; each may have a third entry, a last layer as `recompute` has it.
+        parts: (dimension, number) of the trunk's result, to which the branches are applied part by part.
+        keep_attention: keep what `kept_attention.attention` computes, too.
 
     Returns:
         what each branch returns.
     """
     if not torch.is_grad_enabled():
         x = trunk[0](*inputs)
-        return tuple(branch(x) for branch, _ in branches)
-    return _recompute([trunk, *branches], WHOLE, inputs)
+        return tuple(branch(x) for branch, *_ in branches)
+    return _recompute([trunk, *branches], parts, keep_attention, inputs)
 
 
 # torch.compile cannot trace the nested graph of the backward pass: in training it breaks its graph here.
 @torch.compiler.disable
-def _recompute(functions: Sequence[Used], parts: Parts, inputs: Sequence):
+def _recompute(functions: Sequence[Used], parts: Parts, keep_attention: bool, inputs: Sequence):
     with first_calls(next(x for x in inputs if isinstance(x, Tensor)).device) as generators:
-        record = CallRecord(functions, generators)
+        record = CallRecord(functions, generators, keep_attention)
         return _Recompute.apply(record, parts, len(inputs), *inputs, *record.parameters)
 
 
 class _Recompute(torch.autograd.Function):
-    """A trunk, in parts; or a trunk and the branches that are applied to its result."""
+    """A trunk, in parts; or a trunk and the branches that are applied to its result, in parts."""
 
     @staticmethod
     def forward(ctx, record: CallRecord, parts: Parts, count: int, *inputs_and_parameters):
         inputs, branches = inputs_and_parameters[:count], range(1, len(record.functions))
         ctx.record, ctx.parts, ctx.branches = record, parts, branches
         ctx.inputs = without_tensors(inputs)
-        y = None
-        for bounds in split(inputs, parts):
-            result = record.first(0, *(part(x, parts[0], bounds) for x in inputs))
-            if bounds.start is None:
-                y = tuple(record.first(i, result) for i in branches) or result
-                break
-            if y is None:
-                shape = list(result.shape)
-                shape[parts[0]] = inputs[0].shape[parts[0]]
-                y = result.new_empty(shape)
-            part(y, parts[0], bounds).copy_(result)
+        if branches:
+            trunk = record.first(0, *inputs)
+            y = tuple(_in_parts(record, i, [trunk], parts) for i in branches)
+        else:
+            y = _in_parts(record, 0, inputs, parts)
         ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *record.saved())
         return y
 
@@ -419,32 +433,58 @@ class _Recompute(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         inputs = with_tensors(ctx.inputs, saved)
         wanted = ctx.needs_input_grad[3 : 3 + len(inputs)]
-        dim = ctx.parts[0]
+        replay = Replay(ctx.record, saved)
 
-        def gradient_of(y: Tensor, bounds: slice) -> Tensor:
-            if not ctx.branches:
-                return part(dys[0], dim, bounds).to(y.dtype)
+        def through_branches(y: Tensor) -> Tensor:
             total = None
             for i, dy in zip(ctx.branches, dys, strict=True):
-                (dx,) = replay.gradients(i, 0, [y], [True], lambda z, dy=dy: dy.to(z.dtype))
+                (dx,) = _gradients_in_parts(replay, i, [y], [True], dy, ctx.parts)
                 if dx is not None:
-                    total = dx if total is None else total + dx
+                    total = dx if total is None else total.add_(dx)
                 del dx
             return torch.zeros_like(y) if total is None else total
 
-        grads: list[Tensor | None] = [None] * len(inputs)
-        replay = Replay(ctx.record, saved)
-        for number, bounds in enumerate(split(inputs, ctx.parts)):
-            pieces = [part(x, dim, bounds) for x in inputs]
-            found = replay.gradients(0, number, pieces, wanted, partial(gradient_of, bounds=bounds))
-            for i, dx in enumerate(found):
-                if dx is None or bounds.start is None:
-                    grads[i] = dx
-                    continue
+        if ctx.branches:
+            grads = replay.gradients(0, 0, inputs, wanted, through_branches)
+        else:
+            grads = _gradients_in_parts(replay, 0, inputs, wanted, dys[0], ctx.parts)
+        return None, None, None, *grads, *replay.parameter_gradients()
+
+
+def _in_parts(record: CallRecord, function: int, inputs: Sequence, parts: Parts) -> Tensor:
+    """The first calls of a function, on parts of its inputs."""
+    y = None
+    for bounds in split(inputs, parts):
+        result = record.first(function, *(part(x, parts[0], bounds) for x in inputs))
+        if bounds.start is None:
+            return result
+        if y is None:
+            shape = list(result.shape)
+            shape[parts[0]] = next(x for x in inputs if isinstance(x, Tensor)).shape[parts[0]]
+            y = result.new_empty(shape)
+        part(y, parts[0], bounds).copy_(result)
+    return y
+
+
+def _gradients_in_parts(
+    replay: Replay, function: int, inputs: Sequence, wanted: Sequence[bool], dy: Tensor, parts: Parts
+) -> list[Tensor | None]:
+    """The gradients of the inputs of `_in_parts`."""
+    grads: list[Tensor | None] = [None] * len(inputs)
+    for number, bounds in enumerate(split(inputs, parts)):
+        pieces = [part(x, parts[0], bounds) for x in inputs]
+        given = part(dy, parts[0], bounds)
+        found = replay.gradients(function, number, pieces, wanted, lambda y, given=given: given.to(y.dtype))
+        for i, dx in enumerate(found):
+            if dx is None or bounds.start is None:
+                grads[i] = dx
+            elif dx.shape == inputs[i].shape:  # of all parts
+                grads[i] = dx if grads[i] is None else grads[i] + dx
+            else:
                 if grads[i] is None:
                     grads[i] = torch.empty_like(inputs[i])
-                part(grads[i], dim, bounds).copy_(dx)
-        return None, None, None, *grads, *replay.parameter_gradients()
+                part(grads[i], parts[0], bounds).copy_(dx)
+    return grads
 
 
 @contextmanager

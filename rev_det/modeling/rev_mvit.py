@@ -81,12 +81,13 @@ class StageTransition(nn.Module):
         if not (checkpointed and torch.is_grad_enabled()):
             y = self._attention(self.fuse(x1, x2), hw, mask_f)
             return _masked_sum(y, self.G(y), mask_g)
-        z = recompute(self.fuse, x1, x2, parts=self.fuse.parts(x1) if hasattr(self.fuse, "parts") else WHOLE)
+        parts = self.fuse.parts(x1) if hasattr(self.fuse, "parts") else WHOLE
+        z = recompute(self.fuse, x1, x2, parts=parts, last=getattr(self.fuse, "fc2", None))
         if keep_attention:
             y = self._kept_attention(z, hw, mask_f)
         else:
             y = recompute(self._attention, z, hw, mask_f, modules=[self.widen, self.F])
-        return _masked_sum(y, recompute(self.G, y, parts=self.G.parts(y)), mask_g)
+        return _masked_sum(y, recompute(self.G, y, parts=self.G.parts(y), last=self.G.mlp.fc2), mask_g)
 
     def _attention(self, z: Tensor, hw: tuple[int, int], mask: Tensor | None) -> Tensor:
         return _masked_sum(self._residual(z, hw), self.F(z, hw), mask)
