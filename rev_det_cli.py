@@ -450,6 +450,10 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 def _obstacle(command: str, error: Exception) -> str:
     """What in the environment stopped a command, and what to do; nothing for a mistake of ours."""
+    if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "torchvision"):
+        return (
+            f"{command} needs {error.name}, which is not installed in {sys.executable}; `make setup` does it"
+        )
     from rev_det import modeling
     from rev_det.devices import is_out_of_memory
 

@@ -74,7 +74,7 @@ def _identity(path: str) -> tuple[int, int]:
 
 def printable(text: str) -> str:
     """A name as part of a line: what is not UTF-8, or would end the line, is escaped."""
-    return text if text.isprintable() else repr(text)[1:-1]
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def part_path(path: str) -> str:

@@ -85,10 +85,6 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> None:
     check(name, value, one_of(*allowed))
 
 
-def _increasing(values: Sequence[Any]) -> bool:
-    return all(a < b for a, b in itertools.pairwise(values))
-
-
 COUNT, COUNT_OR_0 = whole(1), whole(0)
 POSITIVE = Rule("a number above 0", lambda value: is_finite(value) and value > 0)
 NOT_NEGATIVE = Rule("a number of at least 0", lambda value: is_finite(value) and value >= 0)

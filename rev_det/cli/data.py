@@ -54,8 +54,7 @@ def _check(args: argparse.Namespace) -> int:
 def _view(args: argparse.Namespace) -> int:
     from ..data import parse_dataset_argument, register_coco_json
     from ..data.contact_sheet import draw_annotations
-    from ..data.findings import printable
-    from ..files import check_output, whole_file
+    from ..files import check_output, printable, whole_file
     from .predict import report_failures
 
     name, json_file, image_root = parse_dataset_argument(args.set, "data set")
@@ -69,7 +68,7 @@ def _view(args: argparse.Namespace) -> int:
 
 
 def _show(title: str, findings: Sequence[Finding]) -> Sequence[Finding]:
-    from ..data.findings import printable
+    from ..files import printable
 
     print(printable(title))
     for finding in findings:

@@ -15,7 +15,8 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.utils.visualizer import VisImage, Visualizer
 from matplotlib.figure import Figure
 
-from .findings import first, printable
+from ..files import printable
+from .findings import first
 from .images import check_extent, read_rgb
 
 _TILE = 448  # longer side of an image on the sheet, in pixels

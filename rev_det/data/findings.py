@@ -6,6 +6,8 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ..files import printable
+
 logger = logging.getLogger(__name__)
 
 # Training stops, or its result means nothing; training goes on, but hardly as it was meant; worth knowing.
@@ -69,8 +71,3 @@ def first(names: Iterable[str]) -> str:
     names = list(names)
     more = len(names) - _NUM_NAMED
     return ", ".join(names[:_NUM_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def printable(text: str) -> str:
-    """A text with line ends and what UTF-8 does not have, as in some names of files, as escapes."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -23,8 +23,8 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..files import printable
 from ..stopping import survive_signals, workers_held_back
-from .findings import printable
 from .images import unusable_images
 from .mapper import RevDatasetMapper
 

@@ -10,9 +10,9 @@ from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
+from ..files import printable
 from ..rules import check_choice
 from .augmentation import build_augmentations, crops_by_name
-from .findings import printable
 from .images import check_head, read_rgb
 
 if TYPE_CHECKING:

@@ -16,9 +16,8 @@ from torch import nn
 
 from ..data import RevDatasetMapper
 from ..data.contact_sheet import draw_tile, write_sheet
-from ..data.findings import printable
 from ..data.images import read_rgb
-from ..files import write_whole
+from ..files import printable, write_whole
 from .amp import Precision
 from .metrics import read_metrics
 

@@ -1,4 +1,4 @@
-"""What RevViT and RevMViT share: patch and position embedding, drop path, initialisation, freezing."""
+"""The base class of RevViT and RevMViT: embeddings, runs of reversible blocks, initialisation, freezing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Rev-ViT and Rev-MViT share: the two branches of a block, drop path, the norm of a scale."""
+"""Layers of Rev-ViT and Rev-MViT: the two branches F and G of a block, the MLP, and drop-path masks."""
 
 from __future__ import annotations
 

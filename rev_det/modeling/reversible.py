@@ -2,11 +2,11 @@
 
 A block maps two streams to two of the same shape (*Reversible Vision Transformers*, CVPR 2022, section 3)::
 
-    Y1 = X1 + F(X2)            X2 = Y2 - G(Y1)
-    Y2 = X2 + G(Y1)            X1 = Y1 - F(X2)
+    Y1 = X1 + F(X2)            X2 = Y2 - G(Y1)            dX1 = dY1 + G'(Y1)^T dY2
+    Y2 = X2 + G(Y1)            X1 = Y1 - F(X2)            dX2 = dY2 + F'(X2)^T dX1
 
 The forward pass keeps the outputs of the last block only. The backward pass walks from there to the first
-block; one evaluation of F and G gives both the block's inputs and its gradients.
+block; one evaluation of F and G gives both the block's inputs (in the middle) and its gradients (right).
 
 This module needs torch alone and knows nothing of images or detectors.
 """

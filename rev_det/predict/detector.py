@@ -24,7 +24,8 @@ from ..checkpoint.origin import classes_of_origin
 from ..config_files import read_config_file
 from ..data.images import check_extent
 from ..devices import check_device, device_settings, is_out_of_memory
-from ..engine import Precision, build_detector, load_config
+from ..engine import Precision, build_detector
+from ..engine.model_config import read_config
 from ..model_zoo import find_config_file
 from ..rules import check_choice
 from .classes import classes_of_config, classes_of_json, named_classes
@@ -41,10 +42,6 @@ logger = logging.getLogger(__name__)
 _DEFAULT_NUM_CLASSES = 80
 _CONFIG = "config.yaml"  # what a training run writes into its folder
 # To predict, the data need not be on this machine, and nothing needs to be said of the schedule.
-_NO_TRAINING = (
-    "DATASETS.TRAIN () DATASETS.TEST () DATASETS.COCO_JSON [] "
-    "SOLVER.REFERENCE_IMS_PER_BATCH 0 SOLVER.AMP.DTYPE auto"
-).split()
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ class Origin:
         Raises:
             FileNotFoundError, ValueError: see `rev_det.engine.load_config`.
         """
-        return load_config(self.config_file, [*opts, *_NO_TRAINING, "MODEL.DEVICE", device])
+        return read_config(self.config_file, opts, device)
 
     def load_model(self, cfg: CfgNode, classes: list[str] | None = None) -> tuple[nn.Module, dict[str, Any]]:
         """Build the detector and load its weights, all of which must be there.
