@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 # Detectron2's default, which cannot be told from an explicit 80.
 _DEFAULT_NUM_CLASSES = 80
 _CONFIG = "config.yaml"  # what a training run writes into its folder
-# To predict, the data need not be on this machine, and nothing needs to be said of the schedule.
 
 
 @dataclass(frozen=True)
