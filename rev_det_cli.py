@@ -48,7 +48,7 @@ _FILE_HELP = (
 
 _MODELS = ("rev_mvit_b", "rev_vit_s", "rev_vit_b", "rev_vit_l")
 
-_PRESETS = ("detection", "depth", "table1", "figure1", "figure3b", "figure3c")
+_PRESETS = ("detection", "low_memory", "depth", "table1", "figure1", "figure3b", "figure3c")
 
 _BENCH_EXAMPLES = """
 examples:

@@ -81,7 +81,7 @@ class Case:
 
     def _own_depth(self) -> int | str:
         if self.model is not None:
-            return self.model.arguments["depth"]
+            return self.model.arguments.get("depth", "-")
         family = reversible_family(self.cfg)
         return self.cfg.MODEL[family.upper()].DEPTH if family else "-"
 
@@ -334,10 +334,12 @@ def run_cases(
 
 def without_baselines(cases: Sequence[Case]) -> tuple[list[Case], str]:
     """The cases that can be built here, and a line about those that cannot."""
-    left = [case for case in cases if case.training != DETECTRON2]
+    left = [
+        case for case in cases if case.training != DETECTRON2 and not (case.model and case.model.is_stock)
+    ]
     if has_baselines() or len(left) == len(cases):
         return list(cases), ""
     return (
         left,
-        "Detectron2's own ViT and MViT are left out: they need timm (pip install 'rev_det[baselines]')",
+        "Detectron2's own models are left out: they need timm (pip install 'rev_det[baselines]')",
     )

@@ -5,15 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import MViT, SwinTransformer, ViT
+from detectron2.modeling.backbone import mvit, swin, vit
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config_files import default_config
-from ..modeling import RevMViT, RevViT
+from ..modeling import RevMViT, RevViT, low_memory
+from ..modeling.backbone import ReversibleBackbone
 from ..modeling.baselines import build_baseline_mvit_fpn_backbone, build_baseline_vit_fpn_backbone
 
 # Blocks of the four stages at depth 24, transitions included; other depths keep the proportions (16 gives
@@ -23,11 +28,16 @@ _STAGE_SHARES = (2, 3, 16, 3)
 
 @dataclass(frozen=True)
 class Model:
-    """A backbone that can be compared, by the constructor arguments of our class."""
+    """A backbone that can be compared, by the constructor arguments of our class, or of Detectron2's."""
 
     title: str
-    reversible: type[nn.Module]
+    cls: type[nn.Module]
     arguments: dict[str, Any]
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether it is Detectron2's."""
+        return not issubclass(self.cls, ReversibleBackbone)
 
 
 MODELS = {
@@ -36,9 +46,35 @@ MODELS = {
     "rev_vit_l": Model("Rev-ViT-L", RevViT, {"embed_dim": 1024, "depth": 24, "num_heads": 16}),
     "rev_mvit_b": Model("Rev-MViT-B", RevMViT, {"embed_dim": 96, "depth": 16, "num_heads": 1}),
 }
+
+
+def _vitdet(embed_dim: int, depth: int, num_heads: int, drop_path_rate: float) -> dict[str, Any]:
+    """ViTDet's sizes (its section 3): four evenly spaced blocks have global attention, the others windows."""
+    windows = [i for i in range(depth) if (i + 1) % (depth // 4)]
+    sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "drop_path_rate": drop_path_rate}
+    return sizes | {"window_size": 14, "window_block_indexes": windows, "use_rel_pos": True}
+
+
+# Detectron2's own, as its projects ViTDet and MViTv2 train them.
+STOCK_MODELS = {
+    "vitdet_b": Model("ViTDet-B", ViT, _vitdet(768, 12, 12, 0.1)),
+    "vitdet_l": Model("ViTDet-L", ViT, _vitdet(1024, 24, 16, 0.4)),
+    "vitdet_h": Model("ViTDet-H", ViT, _vitdet(1280, 32, 16, 0.5)),
+    "swin_b": Model(
+        "Swin-B",
+        SwinTransformer,
+        {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.4},
+    ),
+    "mvitv2_b": Model(
+        "MViTv2-B",
+        MViT,
+        {"embed_dim": 96, "depth": 24, "last_block_indexes": (1, 4, 20, 23), "drop_path_rate": 0.4},
+    ),
+}
 CACHED, CHECKPOINT, CHECKPOINT_KEPT = "cached", "checkpoint", "checkpoint, attention kept"
 REVERSIBLE, REVERSIBLE_KEPT = "reversible", "reversible, attention kept"
 PAPER, DETECTRON2, AS_CONFIGURED = "reversible as published", "Detectron2's own", "as configured"
+LOW_MEMORY = "low_memory"  # of Detectron2's models
 # Constructor arguments of our classes, for each way of training.
 TRAININGS: dict[str, dict[str, Any]] = {
     CACHED: {"activations": "cached"},
@@ -49,6 +85,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     REVERSIBLE_KEPT: {"activations": "reversible", "keep_attention": True},
     DETECTRON2: {},
     AS_CONFIGURED: {},
+    LOW_MEMORY: {},
 }
 # Those in which Detectron2's own parts are computed as Detectron2 does.
 PEERS = (CACHED, CHECKPOINT, CHECKPOINT_KEPT, PAPER, DETECTRON2)
@@ -112,20 +149,31 @@ def build(model: Model, training: str, depth: int | None = None, device: str = "
         ImportError: `DETECTRON2` without timm.
         ValueError: the depth is too small.
     """
+    if model.is_stock:
+        return _stock(model, training).to("cpu" if device == "meta" else device)
     arguments = {**model.arguments, "depth": depth or model.arguments["depth"]}
-    if model.reversible is RevMViT:
+    if model.cls is RevMViT:
         arguments["last_block_indexes"] = stages(arguments["depth"])
     if training == DETECTRON2:
         return _detectron2(model, arguments).train().to("cpu" if device == "meta" else device)
-    allowed = inspect.signature(model.reversible).parameters
+    allowed = inspect.signature(model.cls).parameters
     arguments |= {key: value for key, value in TRAININGS[training].items() if key in allowed}
     with torch.device(device):
-        return model.reversible(**arguments).train()
+        return model.cls(**arguments).train()
+
+
+def _stock(model: Model, training: str) -> nn.Module:
+    backbone = model.cls(**model.arguments).train()
+    if training == CHECKPOINT:
+        for module in backbone.modules():
+            if isinstance(module, (vit.Block, mvit.MultiScaleBlock, swin.SwinTransformerBlock)):
+                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    return low_memory(backbone) if training == LOW_MEMORY else backbone
 
 
 def _detectron2(model: Model, arguments: dict[str, Any]) -> nn.Module:
     cfg = default_config()
-    is_mvit = model.reversible is RevMViT
+    is_mvit = model.cls is RevMViT
     node = cfg.MODEL.REV_MVIT if is_mvit else cfg.MODEL.REV_VIT
     for name, value in arguments.items():
         node[name.upper()] = value

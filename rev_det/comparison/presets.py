@@ -13,10 +13,12 @@ from .models import (
     CHECKPOINT,
     CHECKPOINT_KEPT,
     DETECTRON2,
+    LOW_MEMORY,
     MODELS,
     PAPER,
     REVERSIBLE,
     REVERSIBLE_KEPT,
+    STOCK_MODELS,
 )
 
 # The paper's Table 1: memory per image (its MB are 2^20 bytes), and images that fit into 16 GB.
@@ -123,11 +125,12 @@ class Preset:
 
 
 def _cases(
-    model: str, trainings: Sequence[str], size: int | tuple, batch: int, dtype: str, depths=(None,)
+    name: str, trainings: Sequence[str], size: int | tuple, batch: int, dtype: str, depths=(None,)
 ) -> tuple[Case, ...]:
     size = size if isinstance(size, tuple) else (size, size)
+    model = (MODELS | STOCK_MODELS)[name]
     return tuple(
-        Case(MODELS[model].title, MODELS[model], training, batch, size, dtype, depth)
+        Case(model.title, model, training, batch, size, dtype, depth)
         for depth in depths
         for training in trainings
     )
@@ -144,7 +147,19 @@ _PAPERS = tuple(
 )
 _DEEP = _cases("rev_vit_b", (CACHED, CHECKPOINT, REVERSIBLE), 224, 1, "fp32", (12, 24, 48, 80))
 
+_SIZES = {"vitdet_b": 1024, "vitdet_l": 1024, "vitdet_h": 1024}
+
 PRESETS = {
+    "low_memory": Preset(
+        "Training step of Detectron2's own backbones, as they are and with low_memory",
+        tuple(
+            case
+            for name in STOCK_MODELS
+            for case in _cases(
+                name, (CACHED, CHECKPOINT, LOW_MEMORY), _SIZES.get(name, (800, 1344)), 1, "bf16"
+            )
+        ),
+    ),
     "detection": Preset(
         "Training step of a backbone at detection size",
         _cases("rev_mvit_b", _EVERY, (800, 1344), 2, "bf16", (16, 24))
