@@ -2,7 +2,7 @@
 
     python benchmarks/low_memory_detectors.py --json benchmarks/results/low_memory_detectors_counted.json
 
-One image of 1024x1024, bfloat16, AdamW. The detectors are those of Detectron2's ``common/models``, without weights.
+One image of 1024x1024, bfloat16, AdamW. The detectors are Detectron2's ``common/models``, without weights.
 Detectron2 publishes the memory of its own training (projects/ViTDet): it stands beside.
 """
 
