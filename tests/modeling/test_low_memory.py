@@ -11,13 +11,16 @@ from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.backbone import mvit, swin, vit
 from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from detectron2.utils.events import EventStorage
+from small_backbones import set_small_sizes
 from test_any_detector import DETECTORS, changed_config, nano_defaults, training_input
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rev_det import low_memory
+from rev_det import low_memory, model_zoo
+from rev_det.engine import build_detector
 from rev_det.modeling import layers, low_memory_forms
+from rev_det.modeling.build import RevFPN
 
 
 def plain_vit(**options):
@@ -240,3 +243,17 @@ def test_what_is_not_detectron2s_own_code_stays_and_is_named(caplog):
 def test_a_model_without_any_known_part_is_an_error():
     with pytest.raises(ValueError, match="nothing to change in Linear; it knows .*SwinTransformerBlock"):
         low_memory(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_config_asks_for_it(asked):
+    cfg = model_zoo.get_config("mask_rcnn_rev_mvit_nano_fpn")
+    set_small_sizes(cfg)
+    cfg.MODEL.DEVICE, cfg.MODEL.LOW_MEMORY = "cpu", asked
+    model = build_detector(cfg)
+    assert hasattr(model, "low_memory") == asked
+    assert isinstance(model.backbone, RevFPN)
+    if asked:
+        assert {"backbone", "proposal_generator.rpn_head", "roi_heads.mask_head"} <= {
+            *model.low_memory.changed
+        }
