@@ -44,6 +44,11 @@ def read_config_file(path: str, opts: Sequence[str] = ()) -> CfgNode:
     defaults = default_config()
     known = list(config_keys(defaults))
     _check_pairs(opts, known)
+    if path.endswith(".py"):
+        raise ValueError(
+            f"{path} is a LazyConfig, which Detectron2's own script trains: "
+            f"python tools/lazyconfig_train_net.py --config-file {path}"
+        )
     content = _load_with_bases(path)
     _check_nodes(path, content, defaults)
 

@@ -14,6 +14,7 @@ from detectron2.model_zoo import get_config_file
 from rev_det.config import add_rev_det_config
 from rev_det.config_files import read_config_file
 from rev_det.engine import load_config
+from rev_det.engine import main as train_main
 from rev_det.model_zoo import find_config_file
 from rev_det_cli import main
 
@@ -179,3 +180,8 @@ def test_configs_of_an_older_version_are_upgraded(tmp_path):
     path.write_text("VERSION: 1\nMODEL: {WEIGHT: old.pth}\n")
     cfg = read_config_file(str(path))
     assert (cfg.VERSION, cfg.MODEL.WEIGHTS) == (2, "old.pth")
+
+
+def test_a_lazy_config_is_sent_to_detectron2s_script(capsys):
+    assert train_main(["--config-file", "configs/Lazy/fcos_rev_mvit_b.py"]) == 2
+    assert "lazyconfig_train_net.py --config-file configs/Lazy/fcos_rev_mvit_b.py" in capsys.readouterr().err
