@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from detectron2.modeling import SwinTransformer, ViT
 from small_backbones import NANO, images
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+from rev_det import low_memory
 from rev_det.modeling import RevMViT, RevViT
 
 WORLD = 2
@@ -25,6 +27,19 @@ MODES = {
     "bf16_hook": {},
 }
 HOOKS = {"fp16_hook": default_hooks.fp16_compress_hook, "bf16_hook": default_hooks.bf16_compress_hook}
+# Detectron2's own, of few channels, whose blocks are computed again.
+LESS_MEMORY = {
+    ViT: {
+        "img_size": 64,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "use_rel_pos": True,
+        "window_size": 3,
+        "window_block_indexes": (0,),
+    },
+    SwinTransformer: {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "out_indices": (0, 1)},
+}
 STEPS = 2  # a static graph is recorded in the first
 
 
@@ -38,6 +53,8 @@ class Case(NamedTuple):
 
     def model(self):
         torch.manual_seed(0)
+        if self.cls in LESS_MEMORY:
+            return low_memory(self.cls(**LESS_MEMORY[self.cls], drop_path_rate=self.drop_path_rate)).train()
         return self.cls(**NANO[self.cls], freeze_at=self.freeze_at, drop_path_rate=self.drop_path_rate)
 
     def images(self):
@@ -122,6 +139,11 @@ def test_every_mode_gives_the_gradients_of_one_process(drop_path_rate, bfloat16)
     """Modes x frozen stem and block x accumulation: relative error 1e-5, 1e-2 with compressed gradients."""
     cases = itertools.product((RevViT, RevMViT), MODES, (0, 2), (1, 2))
     assert not failures_of([Case(*case, drop_path_rate, bfloat16) for case in cases])
+
+
+@pytest.mark.slow
+def test_detectron2s_own_backbones_with_less_memory_give_the_gradients_of_one_process():
+    assert not failures_of([Case(*case) for case in itertools.product(LESS_MEMORY, MODES, (0,), (1, 2))])
 
 
 def test_the_gradients_of_one_process_differ_between_the_cases():
