@@ -190,7 +190,7 @@ class FusedSwinAttention(_LessMemory):
             mask = mask[:, None].repeat(len(x) // len(mask), 1, 1, 1)  # (windows, 1, N, N)
         inputs = q, k, v, bias, mask
         # In parts of the windows, for wider queries and keys and their gradients are large.
-        parts = parts_along(0, q, 8 * (q.numel() + q[..., 0].numel() * n))
+        parts = parts_along(0, q, 10 * (q.numel() + q[..., 0].numel() * n))
         if torch.is_grad_enabled() and parts[1] > 1:
             y = recompute(self.attend, *inputs, parts=parts, modules=[])
         else:
