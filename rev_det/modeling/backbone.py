@@ -16,7 +16,7 @@ from ..rules import check_count, is_whole
 from .checks import check_blocks, check_patches
 from .fusion import ScaleNorm
 from .layers import drop_path_masks
-from .repetition import recompute
+from .recomputation import recompute
 from .reversible import Masks, check_activations, run_blocks
 
 TRANSITIONS = ("auto", "checkpoint", "cached")

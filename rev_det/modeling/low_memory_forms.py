@@ -31,7 +31,8 @@ from .build import RevFPN
 from .derived import Methods, derived, give_methods
 from .kept_attention import attention, autocast_dtype, to_autocast_dtype
 from .layers import parts_along
-from .repetition import WHOLE, recompute, recompute_each
+from .recomputation import recompute, recompute_each
+from .repetition import WHOLE
 
 logger = logging.getLogger(__name__)
 

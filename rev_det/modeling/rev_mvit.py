@@ -13,7 +13,8 @@ from .backbone import TRANSITIONS, ReversibleBackbone, to_feature_map
 from .fusion import ScaleNorm, build_fusion
 from .kept_attention import to_autocast_dtype
 from .layers import AttentionBranch, MlpBranch, ReversibleBlock
-from .repetition import WHOLE, recompute, recompute_each
+from .recomputation import recompute, recompute_each
+from .repetition import WHOLE
 
 Q_STRIDE = 2  # of every stage transition
 

@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from rev_det.modeling.layers import Linear
-from rev_det.modeling.repetition import CallRecord, Generators, Replay, recompute, recompute_each
+from rev_det.modeling.recomputation import recompute, recompute_each
+from rev_det.modeling.repetition import CallRecord, Generators, Replay
 from rev_det.modeling.reversible import ACTIVATIONS, ReversibleSequence
 
 

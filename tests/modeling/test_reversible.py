@@ -18,7 +18,7 @@ from small_blocks import (
 )
 from torch import nn
 
-from rev_det.modeling.repetition import recompute
+from rev_det.modeling.recomputation import recompute
 from rev_det.modeling.reversible import ACTIVATIONS, ReversibleSequence
 
 
