@@ -5,21 +5,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import MViT, SwinTransformer, ViT
-from detectron2.modeling.backbone import mvit, swin, vit
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config_files import default_config
 from ..modeling import RevMViT, RevViT, low_memory
 from ..modeling.backbone import ReversibleBackbone
-from ..modeling.baselines import build_baseline_mvit_fpn_backbone, build_baseline_vit_fpn_backbone
+from ..modeling.baselines import (
+    build_baseline_mvit_fpn_backbone,
+    build_baseline_vit_fpn_backbone,
+    checkpoint_blocks,
+)
 
 # Blocks of the four stages at depth 24, transitions included; other depths keep the proportions (16 gives
 # Rev-MViT-B's 1, 2, 11, 2).
@@ -165,9 +166,7 @@ def build(model: Model, training: str, depth: int | None = None, device: str = "
 def _stock(model: Model, training: str) -> nn.Module:
     backbone = model.cls(**model.arguments).train()
     if training == CHECKPOINT:
-        for module in backbone.modules():
-            if isinstance(module, (vit.Block, mvit.MultiScaleBlock, swin.SwinTransformerBlock)):
-                module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+        checkpoint_blocks(backbone)
     return low_memory(backbone) if training == LOW_MEMORY else backbone
 
 

@@ -17,7 +17,9 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, MViT, ViT
+from detectron2.modeling.backbone import mvit, swin, vit
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .build import PYRAMID_STRIDES, fpn, rev_mvit, rev_vit, simple_pyramid, with_rev_det_keys
@@ -73,7 +75,15 @@ def _stock_backbone(
         **others,
     )
     if cfg.MODEL.REV.ACTIVATIONS == "checkpoint":
-        # Detectron2's own switch needs fairscale.
-        for block in backbone.blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        checkpoint_blocks(backbone)
     return backbone
+
+
+def checkpoint_blocks(backbone: nn.Module) -> None:
+    """Let torch's checkpointing recompute each block of a ViT, MViT or SwinTransformer of Detectron2.
+
+    Detectron2's own switch needs fairscale for the first two.
+    """
+    for module in backbone.modules():
+        if isinstance(module, (vit.Block, mvit.MultiScaleBlock, swin.SwinTransformerBlock)):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)

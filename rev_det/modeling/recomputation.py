@@ -118,7 +118,8 @@ class _Recompute(torch.autograd.Function):
             for i, dy in zip(ctx.branches, dys, strict=True):
                 (dx,) = _gradients_in_parts(replay, i, [y], [True], dy, ctx.parts)
                 if dx is not None:
-                    total = dx if total is None else total + dx
+                    # In place: what `Replay.gradients` returns is nobody else's.
+                    total = dx if total is None else total.add_(dx)
                 del dx
             return torch.zeros_like(y) if total is None else total
 

@@ -243,15 +243,17 @@ def test_recompute_equals_ordinary_autograd(parts):
         assert_same(*results)
 
 
-def test_recompute_each_equals_ordinary_autograd():
+@pytest.mark.parametrize("first", range(4))
+def test_recompute_each_equals_ordinary_autograd(first):
     """Also where a branch hands its gradient on unchanged, expands it, or has none."""
     trunk, linear = Mlp().double(), nn.Linear(DIM, 3, dtype=torch.float64)
     branches = [
+        (lambda x: x.sum(-1), []),
         (lambda x: x, []),
         (linear, [linear]),
-        (lambda x: x.sum(-1), []),
         (lambda x: linear.weight.sum() + torch.zeros_like(x), [linear]),
     ]
+    branches = branches[first:] + branches[:first]
     x = stream().requires_grad_()
     wanted = [x, *trunk.parameters(), *linear.parameters()]
     results = []
