@@ -445,7 +445,7 @@ def low_memory(model: nn.Module, keep_attention: bool = True) -> nn.Module:
     classes derived from their own. Weights, their names, outputs and gradients stay what they were, up to
     rounding, so that weights may be loaded before or after. Whatever has other code of its own, or batch norm
     that is trained, stays as it is. Tracing and export find Detectron2's own operators. Calling it again
-    changes nothing.
+    changes ``keep_attention`` alone.
 
     Args:
         model: that is built; changed in place, and given an attribute ``low_memory``, a `LowMemory`.
